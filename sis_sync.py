@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import calendar
+import codecs
 import configparser
 import contextlib
 import csv
@@ -182,15 +183,24 @@ def read_choice(text: str) -> str:
     return text
 
 
-def read_line(text: str) -> str:
+def read_path(text: str) -> str:
     # configparser takes an indented line for more of the value above it.
-    if "\n" in text:
+    if FORBIDDEN.search(text):
         raise ValueError
     return text
 
 
+def read_needed_path(text: str) -> str:
+    if not text:
+        raise ValueError
+    return read_path(text)
+
+
 def read_list(text: str) -> frozenset[str]:
-    return frozenset(filter(None, (item.strip() for item in re.split(r"[,\n]", text))))
+    items = [item.strip() for item in re.split(r"[,\n]", text)]
+    if any(re.match(r"[a-z_]+\s*=", item) for item in items):      # an indented key, see read_path
+        raise ValueError
+    return frozenset(filter(None, items))
 
 
 def read_networks(text: str) -> tuple[Network, ...]:
@@ -203,11 +213,12 @@ def read_secrets(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-SECRET_SOURCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|file:\S+|sha256:[0-9A-Fa-f]{64}")
+SECRET_SOURCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\0]+|sha256:[0-9A-Fa-f]{64}")
 
 ADDRESS = Kind("an IP address, such as 127.0.0.1 or 0.0.0.0; names are not looked up",
                lambda text: str(ipaddress.ip_address(text)))
-FILE = Kind("the path of a file, on one line", read_line)
+FILE = Kind("the path of a file", read_needed_path)
+FILE_OR_NONE = Kind("the path of a file, or nothing", read_path)
 NETWORKS = Kind("addresses or networks, such as 10.0.0.0/8, or nothing", read_networks)
 NAMES_LIST = Kind("values with commas or line ends between, or nothing for any", read_list)
 CHOICE = Kind("skip or reject", read_choice)
@@ -231,9 +242,9 @@ SETTINGS = (
             "The port to listen on. 0: any free one."),
     Setting("server", "database", "sis_sync.db", FILE,
             "The database, on a local disk: SQLite's locks are not safe on a network share."),
-    Setting("server", "tls_certificate", "", FILE,
+    Setting("server", "tls_certificate", "", FILE_OR_NONE,
             "The certificate chain in PEM. Set, the server speaks https and nothing else."),
-    Setting("server", "tls_key", "", FILE,
+    Setting("server", "tls_key", "", FILE_OR_NONE,
             "The certificate's private key in PEM, where it is not in the same file."),
     Setting("server", "trusted_proxies", "", NETWORKS,
             "Proxies whose X-Forwarded-For is believed, as addresses or networks."),
@@ -271,6 +282,8 @@ MAX_NUMBER = 1000                   # digits; int() takes time in the square of 
 MAX_BUCKETS = 100_000               # clients that the rate limiter remembers: about 20 MB
 PIECE = 64 * 1024                   # bytes read at once; what is promised is never allocated ahead
 BUSY_TIMEOUT = 5.0                  # seconds to wait for the database's lock
+MAX_REFUSED = 100                   # connections told busy that are still being listened to
+REFUSED_SECONDS = 2.0               # how long they are, so that the answer gets through
 BUSY_RETRY_AFTER = 5                # seconds that a client is asked to wait for it
 SHUTDOWN_TIMEOUT = 10.0             # seconds that requests in flight have to finish
 SHORT_SECRET = 16                   # characters; below, a guess is thinkable
@@ -377,7 +390,7 @@ def load_configuration(path: str | None = None,
                                    warnings),
             {key: values.get(key, frozenset()) for key in LISTS}, values.get("bad_rows", "skip")))
     faults += shared_secrets(institutions)
-    tls = None if faults else load_tls(settings, faults)
+    tls = load_tls(settings, faults)
     if faults:
         raise CommandError(*(f"{file}: {fault}" for fault in faults))
     if not any(institution.digests for institution in institutions):
@@ -433,7 +446,7 @@ def read_section(section: str, table: str, found: Mapping[str, str],
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -448,11 +461,12 @@ def read_digests(section: str, sources: Iterable[str], folder: pathlib.Path,
             continue
         try:
             secret = (environment.get(name, "").encode("utf-8", "surrogateescape")
-                      if scheme == "env" else (folder / name).read_bytes()).strip()
+                      if scheme == "env" else (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8)).strip()
         except OSError:
             secret = b""
         if not secret:
-            warnings.append(f"[{section}] secrets: {source} is missing or empty, so it is not set")
+            warnings.append(f"[{section}] secrets: {source} is missing, empty or not readable: "
+                            "it is not set")
             continue
         if len(secret) < SHORT_SECRET:
             warnings.append(f"[{section}] secrets: {source} is shorter than {SHORT_SECRET} "
@@ -474,17 +488,19 @@ def shared_secrets(institutions: Iterable[Institution]) -> Iterator[str]:
 
 
 def load_tls(settings: Mapping[str, Any], faults: list[str]) -> ssl.SSLContext | None:
-    if not settings["tls_certificate"]:
-        if settings["tls_key"]:
+    certificate, key = settings.get("tls_certificate"), settings.get("tls_key")
+    if not certificate:
+        if key:
             faults.append("[server] tls_key: stands without tls_certificate")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(settings["tls_certificate"], settings["tls_key"] or None)
+        # Without a password to try, OpenSSL would ask the terminal for one and wait.
+        context.load_cert_chain(certificate, key or None, password=lambda: b"")
     except OSError as error:        # ssl.SSLError is one
-        faults.append(f"[server] tls_certificate, tls_key: cannot be loaded: "
-                      f"{error.strerror or error}")
+        faults.append(f"[server] tls_certificate, tls_key: cannot be loaded (an encrypted key can "
+                      f"not be): {error.strerror or error}")
     return context
 
 
@@ -592,8 +608,8 @@ WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-# RFC 9110 section 8.6: 1*DIGIT. The bound keeps int() from refusing the number by itself.
-CONTENT_LENGTH = re.compile(r"[0-9]{1,100}")
+# RFC 9110 section 8.6: 1*DIGIT. The bound is below the one at which int() refuses by itself.
+CONTENT_LENGTH = re.compile(r"[0-9]{1,4000}")
 
 
 class Readable(Protocol):
@@ -692,13 +708,15 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_integer(digits: str) -> int:
+def check_number(digits: str) -> str:
     if len(digits) > MAX_NUMBER:
         raise ValueError(f"a number of more than {MAX_NUMBER} digits")
-    return int(digits)
+    return digits
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_int=read_integer)
+DECODER = json.JSONDecoder(parse_constant=refuse_constant,
+                           parse_int=lambda digits: int(check_number(digits)),
+                           parse_float=lambda digits: float(check_number(digits)))
 
 
 def parse_json(body: bytes) -> object:
@@ -934,9 +952,8 @@ class Roster:
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] = (0, 0)
         try:
-            # Created before SQLite would, readable by its owner alone; -wal and -shm follow suit.
+            # Made before SQLite would, and readable by its owner alone.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            os.chmod(path, 0o600)
             with self._lock:
                 self._connected()
         except (OSError, sqlite3.Error) as error:
@@ -945,24 +962,29 @@ class Roster:
     def _connected(self) -> sqlite3.Connection:
         """The connection, opened anew after a fault, or when the file is not the same any more:
         a database deleted or restored under a running server must not swallow what comes in."""
-        status = os.stat(self.path)
-        identity = (status.st_dev, status.st_ino)
-        if not self._connection or identity != self._identity:
+        if not self._connection or self._replaced():
             self._disconnect()
+            identity = file_identity(self.path)
             connection = open_database(self.path, "rw")
             try:
-                migrate(connection)
+                prepare(connection, self.path)
             except BaseException:
                 connection.close()
                 raise
             self._connection, self._identity = connection, identity
         return self._connection
 
+    def _replaced(self) -> bool:
+        return file_identity(self.path) != self._identity
+
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection:
             with contextlib.suppress(sqlite3.Error):
-                connection.close()
+                # Emptied, as the file that now has its database's name may be another one, to
+                # which SQLite would apply this log.
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            connection.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -984,9 +1006,8 @@ class Roster:
             yield connection
             connection.execute("COMMIT")
         except BaseException as error:
-            if self._connection and self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
+            if self._connection:
+                roll_back(self._connection)
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise busy() from error
             if isinstance(error, (sqlite3.Error, OSError)):
@@ -1026,22 +1047,27 @@ class Roster:
     def answers(self) -> bool:
         """Whether the database can be read."""
         try:
+            if self._replaced():
+                with self._lock:
+                    self._connected()
             with contextlib.closing(open_database(self.path, "rw")) as connection:
                 connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
                 return True
-        except sqlite3.Error:
+        except (sqlite3.Error, OSError):
             return False
 
     def close(self) -> None:
         """Bring everything from the WAL into the database file, and close."""
         if self._lock.acquire(timeout=BUSY_TIMEOUT):
             try:
-                if self._connection:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._disconnect()
             finally:
                 self._lock.release()
+
+
+def file_identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def busy() -> Refusal:
@@ -1058,12 +1084,23 @@ def open_database(path: str, mode: str) -> sqlite3.Connection:
     return connection
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the schema to this program's version. Raises sqlite3.DatabaseError if it can't be."""
+def prepare(connection: sqlite3.Connection, path: str) -> None:
+    """Make the database ours: nobody else's to read, with a write-ahead log, of this version.
+
+    Raises sqlite3.DatabaseError, OSError; what is refused is left as it was.
+    """
+    schema_version(connection)
+    for file in (path, f"{path}-wal", f"{path}-shm"):
+        if os.path.exists(file) and os.stat(file).st_mode & 0o777 != 0o600:
+            os.chmod(file, 0o600)
     if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise sqlite3.DatabaseError("this disk does not allow a write-ahead log")
-    if schema_version(connection) == len(MIGRATIONS) and not new_fields(connection):
-        return
+    if schema_version(connection) < len(MIGRATIONS) or new_fields(connection):
+        migrate(connection)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the schema to this program's version, or leave it as it was."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         for statement in itertools.chain(*MIGRATIONS[schema_version(connection):]):
@@ -1074,17 +1111,25 @@ def migrate(connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        roll_back(connection)
         raise
+
+
+def roll_back(connection: sqlite3.Connection) -> None:
+    """SQLite has rolled back by itself after some faults, a full disk for one."""
+    with contextlib.suppress(sqlite3.Error):
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def schema_version(connection: sqlite3.Connection) -> int:
     """Raises sqlite3.DatabaseError for a database that is not for this program."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
     if version > len(MIGRATIONS):
         raise sqlite3.DatabaseError(f"the database is of version {version}, newer than "
                                     f"{len(MIGRATIONS)}: use a newer sis_sync.py")
-    if version == 0 and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+    if tables if version == 0 else not tables >= {"rosters", "entries", "syncs"}:
         raise sqlite3.DatabaseError("this is a database of another program")
     return version
 
@@ -1159,25 +1204,16 @@ class Service:
         """Raises CommandError if the database can't be used."""
         self.configuration = configuration
         self.limiter = RateLimiter()
+        # One batch at a time is a tree of objects, ten times the size of its text; more at a time
+        # would not be faster, as Python runs one thread at a time.
+        self.parsing = threading.Lock()
         self.roster = Roster(configuration.settings["database"])
 
     def handle(self, request: Request) -> Response:
-        """The answer to a request. Nothing escapes from here; what was refused tells why."""
+        """The answer to a request."""
         # One configuration from start to end, whatever SIGHUP does meanwhile.
         configuration = self.configuration
-        try:
-            response = self.route(request, configuration)
-        except Refusal as refusal:
-            response = Response.of_refusal(refusal)
-        except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
-            log.error("%s server_error %s", request.id, describe(error))
-            response = Response.of_refusal(Refusal("server_error", request_id=request.id))
-        return self.finish(request, response)
-
-    def finish(self, request: Request, response: Response) -> Response:
-        headers = (*response.headers, ("X-Request-ID", request.id))
-        body = b"" if request.method == "HEAD" else response.body
-        return response._replace(headers=headers, body=body)
+        return answer(request, lambda: self.route(request, configuration))
 
     def route(self, request: Request, configuration: Configuration) -> Response:
         """Raises Refusal, in the order of the contract: HTTP itself, path, method."""
@@ -1193,13 +1229,13 @@ class Service:
         }
         if request.path not in routes:
             raise Refusal("not_found", f"there is nothing at this path; a push goes to {SYNC_PATH}")
-        method, answer = routes[request.path]
+        method, serve = routes[request.path]
         allowed = ("GET", "HEAD") if method == "GET" else (method,)
         if request.method not in allowed:
             allow = ", ".join(allowed)
             raise Refusal("method_not_allowed", f"allowed here: {allow}",
                           headers=(("Allow", allow),))
-        return answer(request, configuration)
+        return serve(request, configuration)
 
     def sync(self, request: Request, configuration: Configuration) -> Response:
         """POST /api/sis/sync. Nobody without a secret makes it read a body."""
@@ -1207,15 +1243,18 @@ class Service:
         limits = configuration.settings
         check_length(int(request.headers.get("content-length", "0")), configuration)
         check_media_type(request.headers)
-        cohort_id, students = check_batch(parse_json(read_body(request, configuration)),
-                                          institution, limits["max_students"])
-        records, faults = check_rows(students, institution)
+        body = read_body(request, configuration)
+        with self.parsing:
+            cohort_id, students = check_batch(parse_json(body), institution, limits["max_students"])
+            del body
+            records, faults = check_rows(students, institution)
+            received = len(students)
+            del students
         errors = row_errors(faults)
         if errors and institution.bad_rows == "reject":
-            request.counts = Counts(len(students), 0, 0, 0, len(errors))
-            raise Refusal("invalid_rows", f"{len(errors)} of {len(students)} rows have faults; "
+            request.counts = Counts(received, 0, 0, 0, len(errors))
+            raise Refusal("invalid_rows", f"{len(errors)} of {received} rows have faults; "
                           "nothing was stored", errors=errors)
-        del students
         counts = request.counts = self.roster.sync(request, cohort_id, records, errors)
         return Response.of({"received": counts.received, "imported": counts.imported,
                             "details": {"imported": counts.new, "updated": counts.updated,
@@ -1247,12 +1286,25 @@ class Service:
         return Response.of(openapi(configuration.settings["max_students"]))
 
 
+def answer(request: Request, work: Callable[[], Response]) -> Response:
+    """What `work` answers, or the answer to what it raised: nothing escapes from here."""
+    try:
+        response = work()
+    except Refusal as refusal:
+        response = Response.of_refusal(refusal)
+    except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
+        log.error("%s server_error %s", request.id, describe(error))
+        response = Response.of_refusal(Refusal("server_error", request_id=request.id))
+    return response._replace(headers=(*response.headers, ("X-Request-ID", request.id)),
+                             body=b"" if request.method == "HEAD" else response.body)
+
+
 def describe(error: BaseException) -> str:
     """A fault in one line, without what a message could hold of a student: only the messages of
     the database and the system are known to hold nothing of that kind."""
     where = " < ".join(f"{frame.name}:{frame.lineno}"
                        for frame in reversed(traceback.extract_tb(error.__traceback__)))
-    words = f": {error}" if isinstance(error, (sqlite3.Error, OSError)) else ""
+    words = f": {error}" if isinstance(error, (sqlite3.Error, OSError, CommandError)) else ""
     return f"{type(error).__name__}{words} ({where})"
 
 
@@ -1381,6 +1433,8 @@ class Wire:
         self.socket = connection
         self.buffer = b""
         self.busy = False               # a request is arriving or being answered
+        self.ended = False              # the client sends no more
+        self.hurry = False              # the server is stopping
         self.seconds = seconds
         self.deadline = time.monotonic() + seconds
 
@@ -1409,7 +1463,8 @@ class Wire:
         except socket.timeout:  # noqa: UP041  an OSError, which is why it is caught first
             raise Refusal("request_timeout") from None
         except OSError:
-            return b""
+            piece = b""
+        self.ended = not piece
         return piece
 
     def more(self) -> bool:
@@ -1420,14 +1475,15 @@ class Wire:
 
     def line(self, limit: int) -> bytes:
         """The next line, its CRLF taken off. Raises Refusal malformed_request."""
-        while b"\r\n" not in self.buffer and len(self.buffer) <= limit:
+        while b"\n" not in self.buffer and len(self.buffer) <= limit:
             if not self.more():
                 raise cut_off()
-        line, _, rest = self.buffer.partition(b"\r\n")
-        if len(line) > limit:
-            raise Refusal("malformed_request", "a line of the body's framing is too long")
+        line, _, rest = self.buffer.partition(b"\n")
+        if len(line) > limit or not line.endswith(b"\r"):
+            raise Refusal("malformed_request", "a line of the body's framing is too long, or ends "
+                          "without CRLF")
         self.buffer = rest
-        return line
+        return line[:-1]
 
     def pieces(self, size: int) -> Iterator[bytes]:
         """Just `size` bytes. Raises Refusal malformed_request when there are fewer."""
@@ -1452,8 +1508,9 @@ class Wire:
 
         Closing a socket with unread bytes resets the connection, and a reset throws away what the
         client has not read yet: so only this side is closed, and what still comes is read for
-        as long as the deadline allows (RFC 9112 section 9.6).
+        as long as the clock allows (RFC 9112 section 9.6).
         """
+        self.deadline = time.monotonic() + (1 if self.hurry else self.seconds)
         with contextlib.suppress(OSError):
             if isinstance(self.socket, ssl.SSLSocket):
                 self.socket.settimeout(0)
@@ -1471,23 +1528,27 @@ def cut_off() -> Refusal:
 
 
 def read_head(wire: Wire) -> bytes:
-    """The request line and the headers as they came; b"" when nothing did.
+    """The request line and the headers as they came.
 
     Raises Refusal malformed_request, request_too_large, request_timeout.
     """
+    while not wire.buffer or wire.buffer == b"\r":
+        more_or_cut_off(wire)
+    if wire.buffer.startswith(b"\r\n"):       # RFC 9112 section 2.2 has one of these be ignored
+        wire.buffer = wire.buffer[2:]
     while True:
-        if wire.buffer.startswith(b"\r\n"):       # RFC 9112 section 2.2 has one be ignored
-            wire.buffer = wire.buffer[2:]
         head, end, rest = wire.buffer.partition(b"\r\n\r\n")
         check_arriving(head)
         if end:
             wire.buffer = rest
             return head
-        if not wire.more():
-            if not wire.buffer:
-                return b""
-            raise cut_off()
-        wire.busy = True
+        more_or_cut_off(wire)
+
+
+def more_or_cut_off(wire: Wire) -> None:
+    if not wire.more():
+        raise cut_off()
+    wire.busy = True
 
 
 def check_arriving(head: bytes) -> None:
@@ -1496,10 +1557,23 @@ def check_arriving(head: bytes) -> None:
         raise Refusal("malformed_request", "this port speaks plain http, not https")
     if NEVER_IN_HEAD.search(head):
         raise Refusal("malformed_request", "a control character, or a line that ends without CRLF")
-    if len(head.partition(b"\r\n")[0]) > MAX_REQUEST_LINE:
+    request_line, end, _ = head.partition(b"\r\n")
+    if len(request_line) > MAX_REQUEST_LINE:
         raise Refusal("request_too_large", status=414)
+    if end:
+        match_request_line(request_line)
     if len(head) > MAX_HEAD or head.count(b"\r\n") > MAX_HEADERS:
         raise Refusal("request_too_large", status=431)
+
+
+def match_request_line(line: bytes) -> tuple[str, str, str]:
+    """Method, target and version of a request line. Raises Refusal malformed_request."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Refusal("malformed_request", "the request line must be: method, space, target, "
+                      "space, HTTP/1.1")
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    return method, target, version
 
 
 def parse_head(head: bytes, request: Request) -> None:
@@ -1508,19 +1582,15 @@ def parse_head(head: bytes, request: Request) -> None:
     Raises Refusal malformed_request, http_version_not_supported.
     """
     request_line, *lines = head.split(b"\r\n")
-    match = REQUEST_LINE.fullmatch(request_line)
-    if not match:
-        raise Refusal("malformed_request", "the request line must be: method, space, target, "
-                      "space, HTTP/1.1")
-    method, target, version = (part.decode("ascii") for part in match.groups())
-    request.method, request.path = method, path_of(target, method)
+    request.method, target, version = match_request_line(request_line)
     if version not in ("1.0", "1.1"):
         raise Refusal("http_version_not_supported")
-    request.version, request.headers = version, parse_fields(lines)
-    # Without a Host, or with two of them (which arrive joined), a comma stands in its place.
-    if version == "1.1" and not HOST.fullmatch(request.headers.get("host", ",")):
+    request.version, request.path = version, path_of(target, request.method)
+    request.headers = headers = parse_fields(lines)
+    # Of two Host lines, which arrive joined, the comma is what no host has in it.
+    if not HOST.fullmatch(headers.get("host", "," if version == "1.1" else "")):
         raise Refusal("malformed_request", "HTTP/1.1 takes one Host header")
-    if version == "1.0" and "transfer-encoding" in request.headers:
+    if version == "1.0" and "transfer-encoding" in headers:
         raise Refusal("malformed_request", "HTTP/1.0 has no Transfer-Encoding")
 
 
@@ -1530,7 +1600,7 @@ def path_of(target: str, method: str) -> str:
     if match:
         return match[1] or "/"
     if target == "*" and method == "OPTIONS" or method == "CONNECT":
-        return target
+        return target.partition("?")[0]
     raise Refusal("malformed_request", "the request target must begin with / or http://")
 
 
@@ -1607,11 +1677,12 @@ UNPRINTABLE = re.compile(r"[^!-\[\]-~]")
 def log_request(request: Request, response: Response, note: str = "") -> None:
     """One line: id, client, institution, method, path, status, rows received/imported/rejected,
     milliseconds, and the error's code. The time stands in front of it."""
-    path = UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", request.path[:200])
+    method, path = (UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text[:200])
+                    for text in (request.method, request.path))
     counts = request.counts
     rows = f"{counts.received}/{counts.imported}/{counts.rejected}" if counts else "-"
     log.info("%s %s %s %s %s %d %s %dms%s", request.id, request.client, request.institution,
-             request.method[:20], path, response.status, rows, request.milliseconds,
+             method, path, response.status, rows, request.milliseconds,
              "".join(f" {word}" for word in (response.error, note) if word))
 
 
@@ -1634,7 +1705,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service = service
         self.wires: dict[socket.socket, Wire] = {}      # of the connections that are being served
         self.crowd: dict[str, int] = {}                 # how many of them each client has
-        self.refused: list[tuple[float, socket.socket]] = []    # told busy, to be closed when
+        self.refused: list[tuple[float, socket.socket]] = []    # told busy, and until when to stay
         self.lock = threading.Condition()               # of all three
         if ":" in settings["host"]:
             self.address_family = socket.AF_INET6
@@ -1691,10 +1762,20 @@ class Server(socketserver.ThreadingTCPServer):
                 del self.crowd[key]
             self.lock.notify_all()
 
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError as error:
+            # Out of file descriptors, say: the connection stays in the queue, and the loop would
+            # come back for it at once, for ever.
+            log.error("- cannot accept: %s", error)
+            time.sleep(0.5)
+            raise
+
     def refuse(self, connection: socket.socket, peer: str) -> None:
         """503 without a thread: what fits in the socket's buffer, at once or not at all."""
         request = Request(peer, client=client_address(peer, "", ()))
-        response = self.service.finish(request, Response.of_refusal(Refusal(
+        response = answer(request, lambda: Response.of_refusal(Refusal(
             "busy", "too many connections: try again", retry_after=1)))
         log_request(request, response)
         connection.settimeout(0)
@@ -1702,16 +1783,19 @@ class Server(socketserver.ThreadingTCPServer):
             if not self.service.configuration.tls:      # a handshake would have to wait
                 connection.send(render(response))
             connection.shutdown(socket.SHUT_WR)
-        self.refused.append((time.monotonic() + 1, connection))
+        self.refused.append((time.monotonic() + REFUSED_SECONDS, connection))
 
     def service_actions(self) -> None:
-        """Close the refused, a second later or when they are many: see Wire.leave for why late."""
-        now = time.monotonic()
-        while self.refused and (self.refused[0][0] < now or len(self.refused) > 100):
-            connection = self.refused.pop(0)[1]
-            with contextlib.suppress(OSError):
-                connection.recv(PIECE)
-            connection.close()
+        """Close the refused when they have read it, when their time is up, or when they are many;
+        see Wire.leave for what is read from them meanwhile."""
+        first = len(self.refused) - MAX_REFUSED
+        keep = []
+        for index, (until, connection) in enumerate(self.refused):
+            if index >= first and time.monotonic() < until and swallow(connection):
+                keep.append((until, connection))
+            else:
+                connection.close()
+        self.refused = keep
 
     # In the connection's thread.
 
@@ -1739,30 +1823,46 @@ class Server(socketserver.ThreadingTCPServer):
         deadline = time.monotonic() + seconds
         with self.lock:
             for wire in self.wires.values():
+                wire.hurry = True
                 if not wire.busy:
                     with contextlib.suppress(OSError):
-                        wire.socket.shutdown(socket.SHUT_RDWR)
+                        # Not SSLSocket's, which pulls TLS away under the thread that reads.
+                        socket.socket.shutdown(wire.socket, socket.SHUT_RDWR)
             self.lock.wait_for(lambda: not self.wires, deadline - time.monotonic())
+
+
+def swallow(connection: socket.socket) -> bool:
+    """Read away what has come, without waiting for more. False if no more will come."""
+    try:
+        for _ in range(16):         # others want to be accepted meanwhile
+            if not connection.recv(PIECE):
+                return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def converse(service: Service, wire: Wire, peer: str) -> None:
     """One connection, from its first byte to its last: one request, one answer."""
     request = Request(peer, client=client_address(peer, "", ()))
     configuration = service.configuration
-    try:
-        if configuration.tls:
+    if configuration.tls:
+        try:
             wire.secure(configuration.tls)
-        head = read_head(wire)
-        if not head and not wire.buffer:
+        except OSError as error:
+            log.info("%s %s TLS handshake failed: %s", request.id, request.client, error)
             return
-        parse_head(head, request)
+
+    def receive_and_answer() -> Response:
+        parse_head(read_head(wire), request)
         request.body = Body(body_of(wire, request))
-        response = service.handle(request)
-    except Refusal as refusal:
-        response = service.finish(request, Response.of_refusal(refusal))
-    except OSError as error:            # of the handshake
-        log.info("%s %s TLS handshake failed: %s", request.id, request.client, describe(error))
-        return
+        return service.route(request, configuration)
+
+    response = answer(request, receive_and_answer)
+    if wire.ended and not wire.busy:
+        return                          # it came and went without a word
     wire.deadline = time.monotonic() + wire.seconds
     note = ""
     try:
@@ -1774,9 +1874,8 @@ def converse(service: Service, wire: Wire, peer: str) -> None:
     wire.leave()
 
 
-def log_to_stderr() -> None:
+def log_to(handler: logging.Handler) -> None:
     """Each line begins with the time, in UTC, as ISO 8601 has it."""
-    handler = logging.StreamHandler(sys.stderr)
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
@@ -1825,7 +1924,7 @@ wsgi_lock = threading.Lock()
 
 @functools.cache
 def wsgi_service() -> Service:
-    log_to_stderr()
+    log_to(logging.StreamHandler(sys.stderr))
     configuration = load_configuration()
     for warning in configuration.warnings:
         log.warning("%s", warning)
@@ -1836,14 +1935,13 @@ def application(environ: Mapping[str, Any],
                 start_response: Callable[..., Any]) -> Iterable[bytes]:
     """The WSGI callable (PEP 3333). It reads its configuration at the first request."""
     request = wsgi_request(environ)
-    try:
+
+    def start_and_answer() -> Response:
         with wsgi_lock:
             service = wsgi_service()
-        response = service.handle(request)
-    except CommandError as error:
-        for fault in error.args:
-            log.error("%s", fault)
-        response = Response.of_refusal(Refusal("server_error", request_id=request.id))
+        return service.route(request, service.configuration)
+
+    response = answer(request, start_and_answer)
     log_request(request, response)
     status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
     start_response(status, list(response.headers))
@@ -1900,12 +1998,17 @@ class Summary:
 
     def add(self, page: Sequence[Row], document: Mapping[str, Any]) -> None:
         """Count an answer in; its row numbers become lines of the file."""
-        details = document["details"]
+        try:
+            new, updated, unchanged = (int(document["details"][key])
+                                       for key in ("imported", "updated", "unchanged"))
+            self.reject(page, document["errors"])
+        except (LookupError, TypeError, ValueError):
+            raise CommandError("stopped: the server answered 200, but not as sis_sync "
+                               "does") from None
         self.sent += len(page)
-        self.new += details["imported"]
-        self.updated += details["updated"]
-        self.unchanged += details["unchanged"]
-        self.reject(page, document["errors"])
+        self.new += new
+        self.updated += updated
+        self.unchanged += unchanged
 
     def set_aside_faults(self, page: Sequence[Row]) -> list[Row]:
         """Take note of the rows that the file itself spoilt; the others are left to be sent."""
@@ -1914,8 +2017,10 @@ class Summary:
         return [row for row in page if not isinstance(row.student, Fault)]
 
     def reject(self, page: Sequence[Row], errors: Iterable[Mapping[str, Any]]) -> None:
-        self.rejected += [Rejected(page[error["row"] - 1].line, error["field"], error["error"],
-                                   error["message"]) for error in errors]
+        """Raises LookupError, TypeError or ValueError for what are no errors of this page."""
+        lines = dict(enumerate((row.line for row in page), 1))
+        self.rejected += [Rejected(lines[error["row"]], error["field"], str(error["error"]),
+                                   str(error["message"])) for error in errors]
 
     @property
     def seconds(self) -> float:
@@ -1958,34 +2063,43 @@ class Client:
 
     def __init__(self, url: str, secret: str, cohort_id: str, progress: Progress,
                  ca_file: str | None = None) -> None:
-        """Raises CommandError for a URL that is none."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CommandError(f"--url {url}: must begin with http:// or https:// and a host")
+        """Raises CommandError for a URL that is none, or certificates that can't be read."""
         self.secret, self.cohort_id, self.progress = secret, cohort_id, progress
-        self.path = parts.path if parts.path.strip("/") else SYNC_PATH
         self.summary = Summary()
         self.stopping = threading.Event()       # set by Ctrl-C: stop where a page ends
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = str(parts.hostname or "").encode("idna").decode("ascii"), parts.port
+        except ValueError:
+            host = ""
+        if not host or parts.scheme not in ("http", "https"):
+            raise CommandError(f"--url {url}: must be http:// or https://, and a host")
+        self.path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%") or SYNC_PATH
+        self.in_clear_text = parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1")
         connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if parts.scheme == "https":
-            connect = functools.partial(http.client.HTTPSConnection,
-                                        context=ssl.create_default_context(cafile=ca_file))
-        self.in_clear_text = parts.scheme == "http" and parts.hostname not in (
-            "localhost", "127.0.0.1", "::1")
-        self.connect = functools.partial(connect, parts.hostname, parts.port,
-                                         timeout=ANSWER_TIMEOUT)
+            try:
+                context = ssl.create_default_context(cafile=ca_file)
+            except OSError as error:        # ssl.SSLError is one
+                raise CommandError(f"--ca-file {ca_file}: {error.strerror or error}") from None
+            connect = functools.partial(http.client.HTTPSConnection, context=context)
+        self.connect = functools.partial(connect, host, port, timeout=ANSWER_TIMEOUT)
 
     def push(self, rows: Iterable[Row], page_size: int) -> Summary:
         """Send all rows, page by page. Raises CommandError where the server says no for good,
         KeyboardInterrupt after Ctrl-C; `summary` then tells how far it came."""
-        for page in pages(rows, page_size):
-            good = self.summary.set_aside_faults(page)
-            if good:
-                self.send(good)
-            self.progress.show(self.summary)
-            if self.stopping.is_set():
-                raise KeyboardInterrupt
-        self.progress.end()
+        self.page_size = page_size
+        rows = iter(rows)
+        try:
+            while page := list(itertools.islice(rows, self.page_size)):
+                good = self.summary.set_aside_faults(page)
+                if good:
+                    self.send(good)
+                self.progress.show(self.summary)
+                if self.stopping.is_set():
+                    raise KeyboardInterrupt
+        finally:
+            self.progress.end()
         return self.summary
 
     def send(self, page: Sequence[Row]) -> None:
@@ -1998,20 +2112,22 @@ class Client:
                 self.summary.add(page, answer.document)
                 return
             if answer.status == 413 and len(page) > 1:
-                half = len(page) // 2
-                self.send(page[:half])
-                self.send(page[half:])
+                self.page_size = len(page) // 2     # of the pages to come, too
+                while page:
+                    some, page = page[:self.page_size], page[self.page_size:]
+                    self.send(some)
                 return
             if answer.status in (429, 503) and answer.retry_after and waits < MAX_WAITS:
                 waits += 1
                 self.wait(answer.retry_after,
                           "rate limited" if answer.status == 429 else "server busy")
-            elif answer.status >= 500 and failures < ATTEMPTS:
+            elif (answer.status in (408, 429) or answer.status >= 500) and failures < ATTEMPTS:
                 failures += 1
                 # Jitter, so that the clients of a server that comes back don't come all at once.
                 self.wait(2 ** (failures - 1) * random.uniform(0.75, 1.25), str(answer))
             else:
-                self.summary.reject(page, answer.document.get("errors", ()))
+                with contextlib.suppress(LookupError, TypeError, ValueError):
+                    self.summary.reject(page, answer.document.get("errors", ()))
                 raise CommandError(f"stopped: the server answered {answer}")
 
     def wait(self, seconds: float, why: str) -> None:
@@ -2030,14 +2146,19 @@ class Client:
         """
         headers = {"Authorization": f"Bearer {self.secret}", "Content-Type": "application/json",
                    "User-Agent": f"sis_sync/{__version__}"}
+        try:
+            body = json.dumps(document, allow_nan=False).encode()
+        except (ValueError, RecursionError):
+            raise CommandError("stopped: a row can't be written as JSON") from None
         connection = self.connect()
         try:
+            connection.connect()
             # A server that refuses a request early closes while it is being sent; its answer is
             # there to be read all the same.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.request("POST", self.path, json.dumps(document).encode(), headers)
+                connection.request("POST", self.path, body, headers)
             response = connection.getresponse()
-            body = response.read()
+            text = response.read()
         except ssl.SSLCertVerificationError as error:
             raise CommandError(f"stopped: the server's certificate is not trusted: "
                                f"{error.verify_message}; --ca-file names the one to trust") from None
@@ -2046,17 +2167,22 @@ class Client:
         finally:
             connection.close()
         try:
-            answer = json.loads(body)
-        except ValueError:
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
             answer = None
-        seconds = response.headers.get("Retry-After", "")
-        return Answer(response.status, max(1, int(seconds)) if re.fullmatch("[0-9]{1,6}", seconds)
-                      else None, answer if isinstance(answer, dict) else {})
+        return Answer(response.status, seconds_of(response.headers.get("Retry-After", "")),
+                      answer if isinstance(answer, dict) else {})
 
 
-def pages(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    iterator = iter(rows)
-    return iter(lambda: list(itertools.islice(iterator, size)), [])
+def seconds_of(retry_after: str) -> int | None:
+    """Retry-After is a number of seconds or a date (RFC 9110 section 10.2.3)."""
+    if re.fullmatch(r"[0-9]{1,6}", retry_after):
+        return max(1, int(retry_after))
+    try:
+        date = email.utils.parsedate_to_datetime(retry_after)
+        return max(1, math.ceil(date.timestamp() - time.time()))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2070,7 +2196,7 @@ ONEROSTER = {"student_id_ext": "sourcedId", "email": "email", "first_name": "giv
 BOOLEANS = {"true": True, "yes": True, "y": True, "t": True, "1": True,
             "false": False, "no": False, "n": False, "f": False, "0": False}
 # What Excel makes of a long number: its last digits are lost for good.
-SCIENTIFIC = re.compile(r"[0-9]([.,][0-9]+)?E\+[0-9]+", re.IGNORECASE)
+SCIENTIFIC = re.compile(r"[0-9]([.,][0-9]+)?E\+[0-9]{2,}", re.IGNORECASE)
 ANYONE = Institution("", (), {})
 
 
@@ -2088,17 +2214,15 @@ def open_roster_file(path: str, mapping: Mapping[str, str]) -> RosterFile:
     Raises CommandError for a file that can't be understood. Rows with a fault are Faults.
     """
     try:
-        file: BinaryIO
-        if path == "-":
-            file = tempfile.TemporaryFile()  # noqa: SIM115  kept open, it is read more than once
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        else:
-            file = open(path, "rb")  # noqa: SIM115
+        file: BinaryIO = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+        if not file.seekable() or path == "-":
+            pipe, file = file, tempfile.TemporaryFile()  # noqa: SIM115  it is read more than once
+            shutil.copyfileobj(pipe, file)
         file.seek(0)
         start = file.read(4096)
         file.seek(0)
     except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}") from error
+        raise CommandError(f"{path}: {error.strerror or error}") from error
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise CommandError(f"{path}: is UTF-16; save it as \"CSV UTF-8\"")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
@@ -2127,19 +2251,20 @@ def read_csv_file(path: str, file: BinaryIO, mapping: Mapping[str, str]) -> Rost
     at a time: a file of any size takes the same memory.
     """
     text, notes = decode(path, file)
-    unquoted = re.sub(r'"[^"]*"', "", text.readline())
-    delimiter = max(",;\t", key=unquoted.count)
+    delimiter = find_delimiter(text)
     leave_out: Callable[[list[str]], bool] = lambda cells: False
 
     def records() -> Iterator[tuple[int, list[str]]]:
-        text.seek(0)
         lines = numbered_cells(text, delimiter)
         next(lines)
         return ((line, cells) for line, cells in lines if not leave_out(cells))
 
     try:
-        text.seek(0)
         _, header = next(numbered_cells(text, delimiter), (0, []))
+        if not header:
+            raise CommandError(f"{path}: is empty; it must begin with a header")
+        while not header[-1].strip():
+            header.pop()
         names = [header_key(cell) for cell in header]
         wanted = {name: name for name in NAMES}
         if {"sourcedid", "givenname", "familyname"} <= set(names):
@@ -2173,12 +2298,21 @@ def decode(path: str, file: BinaryIO) -> tuple[io.TextIOWrapper, list[str]]:
     raise CommandError(f"{path}: is neither UTF-8 nor Windows-1252")
 
 
-def numbered_cells(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV, blank ones left out, with the number of the line each begins on."""
+def find_delimiter(text: io.TextIOWrapper) -> str:
+    """What stands most often in the header outside quotes; Excel may say it in a line of its own."""
+    header = next((line for line in text if line.strip()), "")
+    stated = re.fullmatch(r"sep=(.)\s*", header)
+    unquoted = re.sub(r'"[^"]*"', "", header)
+    return stated[1] if stated else max(",;\t", key=unquoted.count)
+
+
+def numbered_cells(text: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV with the number of the line each begins on; blank ones are left out."""
+    text.seek(0)
     reader = csv.reader(text, delimiter=delimiter)
     line = 1
     for cells in reader:
-        if any(cells):
+        if "".join(cells).strip() and not (line == 1 and cells[0] == "sep="):
             yield line, cells
         line = reader.line_num + 1
 
@@ -2253,10 +2387,12 @@ def oneroster_students(users: pathlib.Path) -> set[str] | None:
     roles = users.with_name("roles.csv")
     if str(users) == "-" or not roles.exists():
         return None
-    with open(roles, encoding="utf-8-sig", newline="") as file:
-        lines = csv.DictReader(file)
-        return {line.get("userSourcedId") or "" for line in lines
-                if line.get("role") == "student" and line.get("status") != "tobedeleted"}
+    try:
+        with open(roles, encoding="utf-8-sig", newline="") as file:
+            return {line.get("userSourcedId") or "" for line in csv.DictReader(file)
+                    if line.get("role") == "student" and line.get("status") != "tobedeleted"}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CommandError(f"{roles}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2266,20 +2402,25 @@ def oneroster_students(users: pathlib.Path) -> set[str] | None:
 Arguments = argparse.Namespace
 
 
-def say(text: str = "") -> None:
+def say(text: str) -> None:
     """What a person reads; stdout is for data."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Words from elsewhere, without what steers a terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def configured(arguments: Arguments) -> Configuration:
     overrides = {key: str(getattr(arguments, key)) for key in ("host", "port")
                  if getattr(arguments, key, None) is not None}
-    return load_configuration(arguments.config, overrides=overrides)
+    return load_configuration(getattr(arguments, "config", None), overrides=overrides)
 
 
 def command_serve(arguments: Arguments) -> int:
     """Run the server until SIGTERM or Ctrl-C."""
-    log_to_stderr()
+    log_to(logging.StreamHandler(sys.stderr))
     configuration = configured(arguments)
     service = Service(configuration)
     with listening(service) as server:
@@ -2316,7 +2457,8 @@ def listening(service: Service) -> Iterator[Server]:
     except OSError as error:
         raise CommandError(f"cannot listen on {settings['host']} port {settings['port']}: "
                            f"{error.strerror}") from error
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # Ten times a second, for the sake of the refused: see Server.service_actions.
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     yield server
 
 
@@ -2341,10 +2483,19 @@ def reload(service: Service, arguments: Arguments) -> None:
         for fault in error.args:
             log.error("not reloaded: %s", fault)
         return
-    old = service.configuration.settings
+    except Exception as error:  # noqa: BLE001  no file, however odd, stops a running server
+        log.error("not reloaded: %s", describe(error))
+        return
+    old = service.configuration
+    if configuration.source != old.source:
+        log.error("not reloaded: %s is not there any more", old.source)
+        return
     for key in ("host", "port", "database"):
-        if configuration.settings[key] != old[key]:
+        if configuration.settings[key] != old.settings[key]:
             log.warning("[server] %s: a change takes a restart", key)
+    if bool(configuration.tls) != bool(old.tls):
+        log.warning("[server] tls_certificate: from http to https or back takes a restart")
+        configuration = configuration._replace(tls=old.tls)
     service.configuration = configuration
     log.info("reloaded: %s", configuration.source)
     for warning in configuration.warnings:
@@ -2354,15 +2505,15 @@ def reload(service: Service, arguments: Arguments) -> None:
 def command_secret(arguments: Arguments) -> int:
     """Print a new secret and its line for sis_sync.ini, or with --hash the line alone."""
     if arguments.hash:
-        secret = sys.stdin.readline().strip()
+        secret = sys.stdin.buffer.readline().strip()
         if not secret:
             raise CommandError("no secret on standard input")
     else:
-        secret = "sis_" + secrets.token_urlsafe(32)
-        print(secret)
+        secret = b"sis_" + secrets.token_urlsafe(32).encode()
+        print(secret.decode())
         say("above: the secret, for whoever pushes; it is not kept anywhere. "
             "below: for secrets = in sis_sync.ini")
-    print("sha256:" + hashlib.sha256(secret.encode()).hexdigest())
+    print("sha256:" + hashlib.sha256(secret).hexdigest())
     return 0
 
 
@@ -2390,6 +2541,8 @@ def check_database(path: str) -> list[str]:
     if not os.path.exists(path):
         folder = os.path.dirname(path)
         return [] if os.access(folder, os.W_OK) else [f"{folder}: no database can be made here"]
+    if not os.access(path, os.R_OK | os.W_OK):
+        return [f"{path}: must be readable and writable"]
     try:
         with contextlib.closing(open_database(path, "ro")) as connection:
             schema_version(connection)
@@ -2454,11 +2607,11 @@ def stopped_by_ctrl_c(stopping: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def dry_run(rows: Iterable[Row], cohort_id: str, page_size: int) -> Summary:
-    """What a server without lists would say to each row, by the same functions."""
+def dry_run(rows: Iterator[Row], cohort_id: str, page_size: int) -> Summary:
+    """What a server without lists would say to each row, by the same functions. Raises Refusal."""
+    check_batch({COHORT.name: cohort_id, "students": []}, ANYONE, page_size)
     summary = Summary()
-    for page in pages(rows, page_size):
-        check_batch({"cohort_id": cohort_id, "students": []}, ANYONE, page_size)
+    while page := list(itertools.islice(rows, page_size)):
         good = summary.set_aside_faults(page)
         _, faults = check_rows([row.student for row in good], ANYONE)
         summary.sent += len(good)
@@ -2468,6 +2621,7 @@ def dry_run(rows: Iterable[Row], cohort_id: str, page_size: int) -> Summary:
 
 def report(summary: Summary, arguments: Arguments) -> None:
     """The end of a push: the counts, every rejected row with its line, and what to do next."""
+    summary.rejected.sort(key=lambda rejected: rejected.line)
     document = {"cohort_id": arguments.cohort, "sent": summary.sent, "new": summary.new,
                 "updated": summary.updated, "unchanged": summary.unchanged,
                 "rejected": [rejected._asdict() for rejected in summary.rejected],
@@ -2476,12 +2630,14 @@ def report(summary: Summary, arguments: Arguments) -> None:
         print(json.dumps(document))
         return
     done = "checked, none sent" if arguments.dry_run else "sent"
-    print(f"cohort {arguments.cohort}: {summary.sent:,} students {done} in {summary.seconds:.1f} s")
-    if not arguments.dry_run:
-        print(f"  new {summary.new:,}, updated {summary.updated:,} (of these unchanged "
-              f"{summary.unchanged:,}), rejected {len(summary.rejected):,}")
+    print(printable(f"cohort {arguments.cohort}: {summary.sent:,} students {done} "
+                    f"in {summary.seconds:.1f} s"))
+    counts = "" if arguments.dry_run else (
+        f"new {summary.new:,}, updated {summary.updated:,} (of these unchanged "
+        f"{summary.unchanged:,}), ")
+    print(f"  {counts}rejected {len(summary.rejected):,}")
     for rejected in summary.rejected:
-        print(f"  line {rejected.line}: {rejected.error}: {rejected.message}")
+        print(printable(f"  line {rejected.line}: {rejected.error}: {rejected.message}"))
     if summary.rejected:
         print("Mend these lines and push the whole file again; it is safe, however often.")
     elif not arguments.dry_run:
@@ -2493,7 +2649,10 @@ EXPORT_COLUMNS = ", ".join(NAMES)
 
 def command_export(arguments: Arguments) -> int:
     """Write the roster of one cohort as CSV, the way push takes it back."""
-    with reading(arguments) as connection:
+    with reading(arguments) as (connection, database):
+        if arguments.output and os.path.exists(arguments.output) and os.path.samefile(
+                arguments.output, database):
+            raise CommandError(f"{arguments.output}: is the database itself")
         before = arguments.not_seen_since
         rows = connection.execute(
             f"SELECT {EXPORT_COLUMNS} FROM entries WHERE roster_id = ? AND (? IS NULL OR "
@@ -2521,14 +2680,14 @@ def harmless(cell: str) -> str:
 
 
 @contextlib.contextmanager
-def reading(arguments: Arguments) -> Iterator[sqlite3.Connection]:
+def reading(arguments: Arguments) -> Iterator[tuple[sqlite3.Connection, str]]:
     """The configured database, read-only, whether a server runs on it or not."""
     path = configured(arguments).settings["database"]
     if not os.path.exists(path):
         raise CommandError(f"{path}: there is no database yet; the server makes it at its start")
     with contextlib.closing(open_database(path, "ro")) as connection:
         schema_version(connection)
-        yield connection
+        yield connection, path
 
 
 @contextlib.contextmanager
@@ -2542,6 +2701,8 @@ def writing(path: str | None) -> Iterator[TextIO]:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}") from None
+    if hasattr(os, "fchmod"):       # the file may have been there; Windows has no modes
+        os.fchmod(descriptor, 0o600)
     with open(descriptor, "w", encoding="utf-8", newline="") as file:
         yield file
 
@@ -2562,7 +2723,28 @@ def find_roster(connection: sqlite3.Connection, arguments: Arguments) -> int:
 
 def date_argument(text: str) -> int:
     """YYYY-MM-DD in UTC, as seconds since 1970."""
-    return calendar.timegm(time.strptime(text, "%Y-%m-%d"))
+    try:
+        return calendar.timegm(time.strptime(text, "%Y-%m-%d"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a date, YYYY-MM-DD") from None
+
+
+def hours_argument(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of hours")
+    return float(text)
+
+
+def number_argument(high: int) -> Callable[[str], int]:
+    kind = whole_number(1, high)
+
+    def read(text: str) -> int:
+        try:
+            return int(kind.read(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {kind.allowed}") from None
+
+    return read
 
 
 HISTORY_COLUMNS = ("time", "institution", "cohort_id", "client", "received", "new", "updated",
@@ -2573,7 +2755,7 @@ def command_history(arguments: Arguments) -> int:
     """List the latest syncs, or with --stale the institutions that have gone quiet."""
     if arguments.stale is not None:
         return stale(arguments)
-    with reading(arguments) as connection:
+    with reading(arguments) as (connection, _):
         rows = connection.execute(
             f"SELECT {', '.join(HISTORY_COLUMNS)}, errors FROM syncs ORDER BY sync_id DESC LIMIT ?",
             (arguments.limit,)).fetchall()
@@ -2582,7 +2764,7 @@ def command_history(arguments: Arguments) -> int:
     if arguments.json:
         print(json.dumps(syncs))
         return 0
-    lines = table([[str(sync[name]) for name in HISTORY_COLUMNS] for sync in syncs])
+    lines = table([[printable(str(sync[name])) for name in HISTORY_COLUMNS] for sync in syncs])
     print(next(lines))
     for sync, line in zip(syncs, lines):
         print(line)
@@ -2619,7 +2801,7 @@ def iso_time(seconds: float) -> str:
 
 def stale(arguments: Arguments) -> int:
     """Exit status 1, and a line each, if an institution has not pushed for that many hours."""
-    with reading(arguments) as connection:
+    with reading(arguments) as (connection, _):
         last = dict(connection.execute("SELECT institution, max(time) FROM syncs GROUP BY 1"))
     limit = time.time() - arguments.stale * 3600
     quiet = [institution.name for institution in configured(arguments).institutions
@@ -2631,7 +2813,7 @@ def stale(arguments: Arguments) -> int:
 
 def command_backup(arguments: Arguments) -> int:
     """Copy the database as it is at one moment, while the server goes on."""
-    with reading(arguments) as source:
+    with reading(arguments) as (source, _):
         try:
             os.close(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError as error:
@@ -2665,8 +2847,8 @@ def command_demo(arguments: Arguments) -> int:
         ini.write_text("[server]\nport = 0\ndatabase = demo.db\n")
         secret = "sis_" + secrets.token_urlsafe(32)
         service = Service(load_configuration(str(ini), {"SIS_SYNC_SECRET": secret}))
-        log.handlers[:] = [logging.FileHandler(ini.with_name("demo.log"), encoding="utf-8")]
-        log.propagate = False
+        log_to(logging.FileHandler(ini.with_name("demo.log"), encoding="utf-8"))
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))    # not without cleaning up
         with listening(service) as server:
             print(f"A throw-away server at {server.url}, its database and log in {folder}\n")
             demo_steps(server.url, secret)
@@ -2704,7 +2886,8 @@ def demo_steps(url: str, secret: str) -> None:
     def send(title: str, document: Mapping[str, object], secret: str = secret) -> int:
         answer = Client(url, secret, "2026", Progress(sys.stdout, None)).post(document)
         print(f"{title}:\n  {answer.status} {json.dumps(answer.document)}")
-        done.append((title, str(answer.status), answer.document.get("error", "")))
+        rejected = len(answer.document.get("errors", ()))
+        done.append((title, str(answer.status), answer.document.get("error", f"{rejected} rejected")))
         return answer.status
 
     push("12,000 students in pages of 5,000")
@@ -2735,10 +2918,6 @@ def option(*names: str, **settings: Any) -> Option:
     return Option(names, settings)
 
 
-def positive(text: str) -> int:
-    return int(whole_number(1, 10**9).read(text))
-
-
 def map_argument(text: str) -> tuple[str, str]:
     field, _, header = text.partition("=")
     if field not in NAMES or not header:
@@ -2750,8 +2929,9 @@ def map_argument(text: str) -> tuple[str, str]:
 INSTITUTION_OPTION = option("--institution", metavar="NAME", help="whose; needed if there are several")
 COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
     "serve": (command_serve, (
-        option("--host", help="instead of the configured one"),
-        option("--port", help="instead of the configured one; 0: any free port"))),
+        option("--host", default=argparse.SUPPRESS, help="instead of the configured one"),
+        option("--port", default=argparse.SUPPRESS,
+               help="instead of the configured one; 0: any free port"))),
     "demo": (command_demo, (
         option("--once", action="store_true", help="end when all is shown"),)),
     "secret": (command_secret, (
@@ -2767,8 +2947,8 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
         option("--map", metavar="FIELD=HEADER", action="append", default=[], type=map_argument,
                help="which column a field is in; may be repeated"),
         option("--dry-run", action="store_true", help="check every row, send nothing"),
-        option("--batch", metavar="N", type=positive, default=5000,
-               help="students in a page (default 5000)"),
+        option("--batch", metavar="N", type=number_argument(5000),
+               default=5000, help="students in a page (default, and most: 5000)"),
         option("--ca-file", metavar="PATH", help="certificates to trust, in PEM"),
         option("--json", action="store_true", help="print the summary as JSON"))),
     "export": (command_export, (
@@ -2780,10 +2960,11 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
         option("--excel", action="store_true",
                help="with a BOM, and no cell that a spreadsheet would run"))),
     "history": (command_history, (
-        option("--limit", metavar="N", type=positive, default=20, help="how many (default 20)"),
+        option("--limit", metavar="N", type=number_argument(10**9), default=20,
+               help="how many (default 20)"),
         option("--errors", action="store_true", help="with the rejected rows of each"),
         option("--json", action="store_true", help="as JSON"),
-        option("--stale", metavar="HOURS", type=float,
+        option("--stale", metavar="HOURS", type=hours_argument,
                help="name the institutions with no sync for so long; exit 1 if there are any"))),
     "backup": (command_backup, (
         option("file", metavar="FILE", help="the copy; it must not exist"),)),
@@ -2800,7 +2981,9 @@ def argument_parser() -> argparse.ArgumentParser:
         description="A school's roster, pushed over HTTP and kept in SQLite. "
         "Without a command: serve.")
     parser.add_argument("--version", action="version", version=f"sis_sync {__version__}")
-    parser.set_defaults(config=None, host=None, port=None, command=command_serve)
+    for names, settings in COMMANDS["serve"][1]:
+        parser.add_argument(*names, **settings)
+    parser.set_defaults(command=command_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (function, options) in COMMANDS.items():
         words = str(function.__doc__)
@@ -2822,17 +3005,27 @@ def main(words: Sequence[str] | None = None) -> int:
     if sqlite3.sqlite_version_info < (3, 24):
         return complain(CommandError(f"this Python has SQLite {sqlite3.sqlite_version}; "
                                      "3.24 or newer is needed"))
-    arguments = argument_parser().parse_args(words)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):    # a Windows console may not know every letter
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return int(arguments.command(arguments))
+        arguments = argument_parser().parse_args(words)
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return status
     except CommandError as error:
         return complain(error)
+    except Refusal as refusal:
+        return complain(CommandError(refusal.detail))
     except sqlite3.Error as error:
         return complain(CommandError(f"the database: {error}"))
     except BrokenPipeError:
         # Whoever read stdout has enough; the interpreter must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return complain(CommandError(str(error)))
     except KeyboardInterrupt:
         return 130
 

@@ -81,7 +81,7 @@ def parse_answer(data: bytes, head_only: bool = False) -> Answer:
     """Every answer keeps the promises that hold for all of them, or this fails."""
     head, _, body = data.partition(b"\r\n\r\n")
     status_line, *lines = head.decode("latin-1").split("\r\n")
-    match = re.fullmatch(r"HTTP/1\.[01] (\d{3}) [A-Za-z ]+", status_line)
+    match = re.fullmatch(r"HTTP/1\.[01] (\d{3}) [A-Za-z -]+", status_line)
     assert match, data[:200]
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     assert headers["content-type"] == "application/json"
@@ -437,6 +437,14 @@ class TestWSGI:
         status, document = wsgi(validator(sis_sync.application), "GET", "/healthz")
         assert (status, document["error"]) == ("500 Internal Server Error", "server_error")
         assert "did you mean port?" in capfd.readouterr().err
+        assert wsgi(validator(sis_sync.application), "HEAD", "/healthz") == ("500 Internal Server Error", None)
+
+    def test_what_it_logs_is_escaped_whatever_the_server_lets_through(self, application: Any, capfd: Any) -> None:
+        assert wsgi(sis_sync.application, "G\x1b[31mT", "/x\n")[0] == "501 Not Implemented"
+        assert r" G\x1b[31mT /x\x0a 501 " in capfd.readouterr().err
+
+    def test_below_a_prefix_it_is_found_by_the_path_after_it(self, application: Any) -> None:
+        assert wsgi(application, "GET", "/healthz", SCRIPT_NAME="/roster")[0] == "200 OK"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -484,21 +492,34 @@ BAD = [
 
 class TestFields:
     @pytest.mark.parametrize("name, value, stored", GOOD)
-    def test_a_good_value_is_kept_as_it_was_sent(self, service: sis_sync.Service, name: str,
-                                                value: Any, stored: Any) -> None:
-        answer = handle(service, batch({**FULL, name: value}))
-        assert (answer.status, answer.document["imported"]) == (200, 1)
-        connection = service.roster._connection
-        assert connection
-        assert connection.execute(f"SELECT {name} FROM entries").fetchall() == [(stored,)]
+    def test_a_good_value_is_kept_as_it_was_sent(self, name: str, value: Any, stored: Any) -> None:
+        records, faults = sis_sync.check_rows([{**FULL, name: value}], sis_sync.ANYONE)
+        assert not faults
+        assert dict(zip(sis_sync.NAMES, records[0]))[name] == stored
 
     @pytest.mark.parametrize("name, value, error, message", BAD)
-    def test_a_bad_value_is_reported_and_not_kept(self, service: sis_sync.Service, name: str,
-                                                  value: Any, error: str, message: str) -> None:
-        answer = handle(service, batch({**FULL, name: value}))
-        assert answer.document == {
-            "received": 1, "imported": 0, "details": {"imported": 0, "updated": 0, "unchanged": 0},
-            "errors": [{"row": 1, "field": name, "error": error, "message": message}]}
+    def test_a_bad_value_is_reported_and_not_kept(self, name: str, value: Any, error: str,
+                                                  message: str) -> None:
+        records, faults = sis_sync.check_rows([{**FULL, name: value}], sis_sync.ANYONE)
+        assert not records
+        assert faults == {0: sis_sync.Fault(name, error, message)}
+
+    def test_of_all_of_these_in_one_batch_the_good_are_stored_and_the_bad_reported(
+            self, service: sis_sync.Service) -> None:
+        students: list[dict[str, Any]] = []
+        for index, (name, value, *_) in enumerate(GOOD + BAD):
+            students.append({**FULL, "student_id_ext": f"U{index}", name: value})
+        ids = [row for row in GOOD if row[0] == "student_id_ext"]
+        answer = handle(service, batch(*students)).document
+        assert [(error["row"], error["field"], error["error"], error["message"])
+                for error in answer["errors"]] == [
+            (index, name, error, message) for index, (name, _, error, message) in
+            enumerate(BAD, len(GOOD) + 1)]
+        stored = {row[0]: row for row in rows_of(service)}
+        assert {row[2] for row in ids} <= set(stored)
+        for index, (name, _, value) in enumerate(GOOD):
+            if name != "student_id_ext":
+                assert stored[f"U{index}"][sis_sync.NAMES.index(name)] == value
 
     def test_every_field_of_the_contract_is_in_the_table_and_in_the_corpus(self) -> None:
         assert sis_sync.NAMES == tuple(FULL)
@@ -764,6 +785,7 @@ JSON_FAULTS = [
     ("nested and closed", b"[" * 100_000 + b"]" * 100_000, "the body is nested too deep"),
     ("objects nested", b'{"a":' * 100_000, "the body is nested too deep"),
     ("long number", b'{"x": ' + b"9" * 9000 + b"}", "a number of more than 1000 digits"),
+    ("long fraction", b'{"x": 0.' + b"9" * 9000 + b"}", "a number of more than 1000 digits"),
     ("latin-1", '{"x": "Zoë"}'.encode("latin-1"), "the body is not UTF-8 at byte 9"),
     ("UTF-16", '{"x": 1}'.encode("utf-16"), "the body is not UTF-8 at byte 0"),
     ("UTF-16 without a BOM", '{"x": 1}'.encode("utf-16-le"), "the body is not JSON"),
@@ -899,7 +921,7 @@ class TestErrors:
         assert "max_bytes" not in answer.document
 
     def test_more_bytes_than_the_cap_are_refused_before_they_are_read(self, server: Process) -> None:
-        for length in (8 * 1024 * 1024 + 1, 10 ** 13, 10 ** 90):
+        for length in (8 * 1024 * 1024 + 1, 10 ** 13, 10 ** 900):
             answer = server.exchange(head_of(Content_Length=length))     # not a byte of it is sent
             assert (answer.status, answer.code) == (413, "batch_too_large")
             assert (answer.document["max"], answer.document["max_bytes"]) == (5000, 8388608)
@@ -1220,7 +1242,7 @@ class TestConfiguration:
             tmp_path, "[institution a]\nsecrets = env:NOT_SET file:missing.txt file:empty.txt\n")
         assert not configuration.configured
         assert configuration.warnings == (
-            *(f"[institution a] secrets: {source} is missing or empty, so it is not set"
+            *(f"[institution a] secrets: {source} is missing, empty or not readable: it is not set"
               for source in ("env:NOT_SET", "file:missing.txt", "file:empty.txt")),
             "no institution has a secret set: every push will be answered 503")
 
@@ -1285,6 +1307,16 @@ class TestConfiguration:
             assert process.push(student(1), secret=OTHER_SECRET).status == 200
 
     @posix
+    @pytest.mark.parametrize("text", ["[server]\nport = 1\nport = 2\n", "[limits]\n[limits]\n", "\0",
+                                      "[institution a]\nsecrets = file:a\0b\n", "[server]\ntls_key = a\0b\n", "no ini"])
+    def test_no_file_however_odd_stops_a_running_server(self, tmp_path: pathlib.Path, text: str) -> None:
+        with running(tmp_path, ini_of()) as process:
+            process.ini.write_text(text)
+            process.process.send_signal(signal.SIGHUP)
+            process.wait_for("not reloaded")
+            assert process.push(student(1)).status == 200
+
+    @posix
     def test_a_request_in_flight_finishes_under_the_old_configuration(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of()) as process:
             data = request_of(batch(student(1), student(2)))
@@ -1309,3 +1341,1377 @@ class TestConfiguration:
         result = run("--config", tmp_path / "bad.ini")
         assert result.returncode == 2 and not result.stdout
         assert len(result.stderr.decode().splitlines()) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Section 6: the server
+# ---------------------------------------------------------------------------------------------
+
+HOST = b"Host: localhost\r\n"
+GET = b"GET /healthz HTTP/1.1\r\n"
+MALFORMED = [       # name, bytes, status, code
+    ("no Host", GET + b"\r\n", 400, "malformed_request"),
+    ("two Hosts", GET + HOST + HOST + b"\r\n", 400, "malformed_request"),
+    ("two different Hosts", GET + HOST + b"host: other\r\n\r\n", 400, "malformed_request"),
+    ("a Host that is none", GET + b"Host: a b\r\n\r\n", 400, "malformed_request"),
+    ("two spaces", b"GET  /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a tab for a space", b"GET\t/healthz HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a trailing space", b"GET /healthz HTTP/1.1 \r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a leading space", b" GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("NEL and NBSP for spaces", b"GET\x85/healthz\xa0HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("no version", b"GET /healthz\r\n\r\n", 400, "malformed_request"),
+    ("one word", b"GET\r\n\r\n", 400, "malformed_request"),
+    ("lower-case http", b"GET /healthz http/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a target without a slash", b"GET healthz HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a fragment", b"GET /healthz#x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a target beyond ASCII", b"GET /\xc3\xa9 HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("an asterisk with GET", b"GET * HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a method that is no token", b"G(T /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("HTTP/0.9", b"HTTP/0.9 says hello\r\n\r\n", 400, "malformed_request"),
+    ("HTTP/2.0", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "http_version_not_supported"),
+    ("two Hosts in HTTP/1.0", b"GET /healthz HTTP/1.0\r\n" + HOST + HOST + b"\r\n", 400, "malformed_request"),
+    ("HTTP/0.9, and then nothing", b"GET /healthz\r\n", 400, "malformed_request"),
+    ("HTTP/2.0 with a path", b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", 505, "http_version_not_supported"),
+    ("HTTP/1.2", b"GET / HTTP/1.2\r\n" + HOST + b"\r\n", 505, "http_version_not_supported"),
+    ("HTTP/1.10", b"GET / HTTP/1.10\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("LF alone", b"GET /healthz HTTP/1.1\nHost: x\n\n", 400, "malformed_request"),
+    ("LF alone in one header", GET + b"Host: x\nX: y\r\n\r\n", 400, "malformed_request"),
+    ("a bare CR", GET + HOST + b"X: a\rContent-Length: 5\r\n\r\n", 400, "malformed_request"),
+    ("two CRs", GET + HOST + b"X: a\r\r\n\r\n", 400, "malformed_request"),
+    ("NUL in a header", GET + HOST + b"X: a\0b\r\n\r\n", 400, "malformed_request"),
+    ("DEL in a header", GET + HOST + b"X: a\x7fb\r\n\r\n", 400, "malformed_request"),
+    ("ESC in the request line", b"GET /\x1b[31m HTTP/1.1\r\n" + HOST + b"\r\n", 400, "malformed_request"),
+    ("a folded header", GET + HOST + b"X: a\r\n b\r\n\r\n", 400, "malformed_request"),
+    ("a header folded by a tab", GET + b"Host: x\r\n\ty\r\n\r\n", 400, "malformed_request"),
+    ("a space before the colon", GET + HOST + b"Content-Length : 5\r\n\r\n", 400, "malformed_request"),
+    ("a header without a colon", GET + HOST + b"Authorization\r\n\r\n", 400, "malformed_request"),
+    ("a header without a name", GET + HOST + b": x\r\n\r\n", 400, "malformed_request"),
+    ("a name beyond ASCII", GET + HOST + b"X\xe9: x\r\n\r\n", 400, "malformed_request"),
+    ("a second empty line first", b"\r\n\r\n" + GET + HOST + b"\r\n", 400, "malformed_request"),
+    ("length and chunked", head_of(Content_Length=5, Transfer_Encoding="chunked"), 400, "malformed_request"),
+    ("two lengths", GET + HOST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n", 400, "malformed_request"),
+    *((f"a length of {length!r}", head_of(Content_Length=length), 400, "malformed_request")
+      for length in ("+5", "-1", "5_000", "0x5", "5, 5", "", "5 5", "\xb2", "1e3", "9" * 4001)),
+    *((f"Transfer-Encoding {coding!r}", head_of(Transfer_Encoding=coding), 501, "not_implemented")
+      for coding in ("gzip", "identity", "gzip, chunked", "chunked, chunked", "", "xchunked")),
+    ("chunked in HTTP/1.0", head_of(version="HTTP/1.0", Transfer_Encoding="chunked"), 400, "malformed_request"),
+    ("TLS on a plain port", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "malformed_request"),
+    ("a long request line", b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414, "request_too_large"),
+    ("an endless request line", b"x" * 20000, 414, "request_too_large"),
+    ("long headers", GET + HOST + b"X: " + b"x" * 17000 + b"\r\n\r\n", 431, "request_too_large"),
+    ("many headers", GET + HOST + b"X: x\r\n" * 101 + b"\r\n", 431, "request_too_large"),
+    ("endless headers", GET + b"X: x\r\n" * 5000, 431, "request_too_large"),
+]
+CHUNK_FAULTS = [
+    b"x\r\n", b"\r\n", b"-1\r\n", b"0x5\r\nabcde\r\n", b"5\nabcde\r\n", b"5\r\nabcdef\r\n", b" 5\r\nabcde\r\n",
+    b"5\r\nabcde0\r\n\r\n", b"5_0\r\n", b"+5\r\nabcde\r\n", b"5;" + b"x" * 300 + b"\r\nabcde\r\n",
+    b"1" * 17 + b"\r\n", b"5;a\x01\r\nabcde\r\n0\r\n\r\n", b"5\nabcde\n", b"2\r\n{}\r\n0\r\nbad trailer\r\n\r\n",
+    b"2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 200 + b"\r\n", b"2\r\n{}\r\n00\r\n folded\r\n\r\n"]
+
+
+def chunked(body: bytes, size: int, extension: bytes = b"", trailer: bytes = b"") -> bytes:
+    pieces = [body[start:start + size] for start in range(0, len(body), size)]
+    return b"".join(b"%X%s\r\n%s\r\n" % (len(piece), extension, piece) for piece in pieces) + \
+        b"0\r\n" + trailer + b"\r\n"
+
+
+class TestStrictHTTP:
+    @pytest.mark.parametrize("name, data, status, code", MALFORMED, ids=[row[0] for row in MALFORMED])
+    def test_what_rfc_9112_does_not_allow_is_refused_and_the_connection_closed(
+            self, server: Process, name: str, data: bytes, status: int, code: str) -> None:
+        answer = server.exchange(data)      # reads to the end of the connection
+        assert (answer.status, answer.code) == (status, code)
+
+    @pytest.mark.parametrize("body", CHUNK_FAULTS)
+    def test_faulty_chunks_are_refused(self, server: Process, body: bytes) -> None:
+        answer = server.exchange(head_of(Transfer_Encoding="chunked") + body)
+        assert (answer.status, answer.code) == (400, "malformed_request")
+
+    def test_nothing_that_follows_a_request_is_taken_for_another(self, server: Process) -> None:
+        smuggled = b"GET /smuggled HTTP/1.1\r\n" + HOST + b"\r\n"
+        for data in (head_of("GET", "/healthz"), head_of("POST", SYNC, secret=None, Content_Length=5),
+                     request_of(batch()), head_of(Transfer_Encoding="chunked") + chunked(b"{}", 1),
+                     head_of(Content_Length=5, Transfer_Encoding="chunked") + b"0\r\n\r\n",
+                     head_of("GET", "/healthz", Content_Length=3)):
+            server.exchange(data + smuggled)
+        # Whatever is read after this marker was written after it.
+        server.exchange(head_of("GET", "/marker"))
+        server.wait_for("/marker")
+        assert not any("/smuggled" in line for line in server.log)
+
+    @pytest.mark.parametrize("data", [
+        b"\r\n" + GET + HOST + b"\r\n", GET + b"hOsT:localhost:8080\r\n\r\n", GET + b"Host:\t[::1]:80 \r\n\r\n",
+        GET + b"Host: \r\n\r\n", b"GET http://example.edu/healthz HTTP/1.1\r\n" + HOST + b"\r\n",
+        b"GET HTTPS://example.edu:1/healthz?a=b HTTP/1.1\r\n" + HOST + b"\r\n", GET + HOST + b"X:\r\n\r\n",
+        GET + HOST + b"X: caf\xe9 \t \r\n\r\n", GET + HOST + b"Expect: something\r\n\r\n"])
+    def test_what_rfc_9112_allows_is_answered(self, server: Process, data: bytes) -> None:
+        assert server.exchange(data).status == 200
+        assert server.exchange(data, size=1).status == 200     # byte by byte
+
+    def test_http_1_0_is_answered_as_such_and_needs_no_host(self, server: Process) -> None:
+        with server.connect() as connection:
+            connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert read_to_end(connection).startswith(b"HTTP/1.0 200 OK\r\n")
+
+    def test_the_forms_of_a_target_that_have_no_path_are_understood(self, server: Process) -> None:
+        assert server.exchange(b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n").code == "not_found"
+        assert server.exchange(b"CONNECT example.edu:443 HTTP/1.1\r\n" + HOST + b"\r\n").code == "not_found"
+        assert server.exchange(b"GET http://example.edu HTTP/1.1\r\n" + HOST + b"\r\n").code == "not_found"
+
+    def test_a_client_that_comes_and_goes_without_a_word_is_no_line_in_the_log(self, server: Process) -> None:
+        lines = len(server.log)
+        with server.connect() as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert read_to_end(connection) == b""
+        server.exchange(head_of("GET", "/after-nothing"))
+        server.wait_for("/after-nothing")
+        assert len(server.log) == lines + 1
+
+    def test_a_whole_push_byte_by_byte_is_the_same_push(self, server: Process) -> None:
+        data = request_of(batch(student("slow"), {}))
+        assert server.exchange(data, size=1).document["imported"] == 1
+
+
+class TestBodies:
+    BODY = json.dumps(batch(*(student(f"chunk{number}", last_name="Zoë") for number in range(300)))).encode()
+
+    @pytest.mark.parametrize("size", [1, 7, 1000, 1 << 20])
+    def test_a_chunked_body_is_read(self, server: Process, size: int) -> None:
+        answer = server.exchange(head_of(Transfer_Encoding="Chunked") + chunked(
+            self.BODY, size, b" ; name=\"value\"", b"X-Checksum: 1\r\n"), size=4096)
+        assert answer.document["imported"] == 300
+
+    def test_gzip_and_chunked_go_together(self, server: Process) -> None:
+        answer = server.exchange(head_of(Transfer_Encoding="chunked", Content_Encoding="gzip")
+                                 + chunked(gzip.compress(self.BODY), 100))
+        assert answer.document["imported"] == 300
+
+    def test_a_chunked_body_over_the_cap_is_too_large(self, server: Process) -> None:
+        answer = server.exchange(head_of(Transfer_Encoding="chunked") + chunked(b" " * (9 << 20), 65536))
+        assert (answer.status, answer.document["max_bytes"]) == (413, 8388608)
+
+    def test_a_promised_chunk_is_not_waited_for_beyond_the_cap(self, server: Process) -> None:
+        data = head_of(Transfer_Encoding="chunked") + b"FFFFFFFFFF\r\n" + b" " * (8 << 20) + b"xx"
+        assert server.exchange(data).code == "batch_too_large"
+
+    def test_no_body_at_all_is_an_empty_one(self, server: Process) -> None:
+        assert server.exchange(head_of()).document["detail"] == "the body is empty"
+
+    @pytest.mark.parametrize("data", [
+        request_of(b'{"cohort_id": "1", "students": []}')[:-1], head_of(Transfer_Encoding="chunked") + b"2\r\n{}\r\n",
+        head_of(Transfer_Encoding="chunked") + b"2\r\n{", head_of(Transfer_Encoding="chunked"), GET, b"G"])
+    def test_a_request_that_ends_too_early_is_malformed_and_stores_nothing(
+            self, server: Process, data: bytes) -> None:
+        syncs = server.rows("SELECT count(*) FROM syncs")
+        with server.connect() as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            answer = parse_answer(read_to_end(connection))
+        assert (answer.status, answer.code) == (400, "malformed_request")
+        assert server.rows("SELECT count(*) FROM syncs") == syncs
+
+    def test_100_continue_is_sent_only_when_the_body_is_wanted(self, server: Process) -> None:
+        body = json.dumps(batch()).encode()
+        head = head_of(Content_Length=len(body), Expect="100-Continue")
+        with server.connect() as connection:
+            connection.sendall(head)
+            assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(body)
+            assert parse_answer(read_to_end(connection)).status == 200
+        for headers, status in ((b"wrong", 401), (b"", 413)):
+            with server.connect() as connection:
+                length = 5 if status == 401 else 10 ** 9
+                connection.sendall(head_of(secret="wrong" if status == 401 else SECRET,
+                                           Content_Length=length, Expect="100-continue"))
+                assert parse_answer(read_to_end(connection)).status == status
+
+    @pytest.mark.parametrize("secret, length, status", [
+        ("wrong", 20 << 20, 401), (SECRET, 20 << 20, 413), ("wrong", 2 << 20, 401), (SECRET, 9 << 20, 413)])
+    def test_an_early_answer_reaches_a_client_that_is_busy_sending(
+            self, server: Process, secret: str, length: int, status: int) -> None:
+        for _ in range(5):
+            with server.connect() as connection:
+                connection.sendall(head_of(secret=secret, Content_Length=length) + b"x" * length)
+                assert parse_answer(read_to_end(connection)).status == status
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: Any) -> Iterator[Process]:
+    with running(tmp_path_factory.mktemp("hasty"), ini_of(
+            limits=FAST + "request_timeout = 1\nmax_students = 100000")) as process:
+        yield process
+
+
+class TestClocks:
+    def test_a_request_that_does_not_arrive_in_time_is_a_408(self, hasty: Process) -> None:
+        """Wherever it stops, and also if a byte comes now and then: else this would never end."""
+        starts = [b"G", GET + HOST + b"X: ", head_of(Content_Length=1000) + b"{",
+                  head_of(Transfer_Encoding="chunked") + b"FF;"]
+        with contextlib.ExitStack() as stack:
+            silent, trickling = ([stack.enter_context(hasty.connect()) for _ in starts] for _ in "ab")
+            for connection, start in zip(silent + trickling, starts + starts):
+                connection.sendall(start)
+            answers = {connection: b"" for connection in trickling}
+            while not all(answers.values()):
+                for connection in trickling:
+                    connection.settimeout(0.02)
+                    with contextlib.suppress(ConnectionError):
+                        connection.sendall(b"x")
+                    with contextlib.suppress(socket.timeout):
+                        answers[connection] += connection.recv(65536)
+            for connection in trickling:
+                connection.settimeout(20)
+            for connection in silent + trickling:
+                answer = parse_answer(answers.get(connection, b"") + read_to_end(connection))
+                assert (answer.status, answer.code) == (408, "request_timeout")
+
+    def test_a_client_that_does_not_read_its_answer_is_let_go(self, hasty: Process) -> None:
+        with hasty.connect() as connection:
+            # The answer, 10 MB, is more than the system buffers on both sides.
+            connection.sendall(request_of(batch(*([{}] * 100_000))))
+            hasty.wait_for("100000/0/100000 .*client gone")
+
+    def test_a_client_that_keeps_sending_after_its_answer_is_let_go(self, hasty: Process) -> None:
+        with hasty.connect() as connection:
+            connection.settimeout(0.05)
+            with pytest.raises((ConnectionError, socket.timeout)):
+                while True:
+                    connection.sendall(b"x" * 20000)
+                    with contextlib.suppress(socket.timeout):
+                        connection.recv(65536)
+
+
+def threads_of(process: Process) -> int:
+    return len(os.listdir(f"/proc/{process.process.pid}/task"))
+
+
+def memory_of(process: Process, key: str = "VmRSS") -> float:
+    """In MB."""
+    status = pathlib.Path(f"/proc/{process.process.pid}/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc") if pytest else None
+
+
+class TestCrowds:
+    def test_past_the_connections_of_one_address_it_gets_busy_and_others_are_served(
+            self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(limits=FAST + "max_connections_per_client = 3")) as process:
+            waiting = [process.connect() for _ in range(3)]
+            answer = process.exchange(b"")
+            assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "busy", "1")
+            assert process.exchange(head_of("GET", "/healthz"), source="127.0.0.2").status == 200
+            for connection in waiting:
+                connection.close()
+            process.wait_for("busy")
+            assert self.served_again(process)
+
+    def test_past_all_connections_everybody_gets_busy_at_once(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(limits=FAST + "max_connections = 3")) as process:
+            waiting = [process.connect() for _ in range(3)]
+            assert process.exchange(b"", source="127.0.0.2").code == "busy"
+            # Also for a client that is sending already.
+            assert process.exchange(request_of(batch(student()))).code == "busy"
+            for connection in waiting:
+                connection.close()
+            assert self.served_again(process)
+
+    def test_a_trusted_proxy_is_not_one_client(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of("trusted_proxies = 127.0.0.1",
+                                      FAST + "max_connections_per_client = 2")) as process:
+            waiting = [process.connect() for _ in range(5)]
+            answer = process.exchange(head_of("GET", "/healthz", X_Forwarded_For="198.51.100.9"))
+            assert answer.status == 200
+            process.wait_for(r" 198\.51\.100\.9 - GET /healthz 200")
+            for connection in waiting:
+                connection.close()
+
+    def test_busy_reaches_a_client_that_is_busy_sending(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(limits=FAST + "max_connections = 2")) as process:
+            waiting = [process.connect() for _ in range(2)]
+            for _ in range(3):
+                with process.connect() as connection:
+                    connection.sendall(head_of(Content_Length=8 << 20) + b"x" * (8 << 20))
+                    assert parse_answer(read_to_end(connection)).code == "busy"
+            for connection in waiting:
+                connection.close()
+
+    @staticmethod
+    def served_again(process: Process) -> bool:
+        """Once the server has noticed that the others are gone."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if process.exchange(head_of("GET", "/healthz")).status == 200:
+                return True
+        return False
+
+    @linux
+    def test_a_thousand_slow_connections_leave_another_address_served(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process:
+            answer = process.exchange(head_of("GET", "/healthz"))
+            threads, memory = threads_of(process), memory_of(process)
+            starts = (b"", GET, request_of(batch(student()))[:-5], head_of("GET", "/openapi.json"))
+            with contextlib.ExitStack() as stack:
+                for number in range(1000):
+                    connection = stack.enter_context(process.connect("127.0.0.2"))
+                    with contextlib.suppress(ConnectionError):
+                        connection.sendall(starts[number % len(starts)])
+                    if number % 50 == 0:
+                        answer = process.exchange(head_of("GET", "/healthz"))
+                        assert answer.status == 200
+                        assert threads_of(process) <= threads + 33
+                assert process.push(student()).status == 200
+                assert memory_of(process) < memory + 30
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: Any) -> pathlib.Path:
+    """A self-signed certificate and its key in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+                    "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                    "-keyout", path.with_suffix(".key"), "-out", path], check=True, capture_output=True)
+    return pathlib.Path(path)
+
+
+def tls_ini(certificate: pathlib.Path, limits: str = FAST) -> str:
+    return ini_of(f"tls_certificate = {certificate}\ntls_key = {certificate.with_suffix('.key')}", limits)
+
+
+class TestTLS:
+    def exchange(self, process: Process, certificate: pathlib.Path, data: bytes, **versions: Any) -> Answer:
+        context = ssl.create_default_context(cafile=str(certificate))
+        for name, value in versions.items():
+            setattr(context, name, value)
+        with context.wrap_socket(process.connect(), server_hostname="localhost") as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+            return parse_answer(read_to_end(connection))    # raises if it is cut off
+
+    def test_the_endpoint_is_served_over_tls(self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
+        with running(tmp_path, tls_ini(certificate)) as process:
+            process.wait_for("listens on https://")
+            data = request_of(batch(*map(student, range(2000)), *([{}] * 3000)))
+            answer = self.exchange(process, certificate, data)
+            assert (answer.document["imported"], len(answer.document["errors"])) == (2000, 3000)
+            early = head_of(secret="wrong", Content_Length=2 << 20) + b"x" * (2 << 20)
+            assert self.exchange(process, certificate, early).status == 401
+
+    @pytest.mark.skipif(not ssl.HAS_TLSv1_1, reason="this Python has no TLS 1.1")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_older_than_tls_1_2_is_refused(self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
+        with running(tmp_path, tls_ini(certificate)) as process:
+            data = head_of("GET", "/healthz")
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                self.exchange(process, certificate, data, minimum_version=ssl.TLSVersion.TLSv1,
+                              maximum_version=ssl.TLSVersion.TLSv1_1)
+            assert self.exchange(process, certificate, data, minimum_version=ssl.TLSVersion.TLSv1_2,
+                                 maximum_version=ssl.TLSVersion.TLSv1_2).status == 200
+
+    def test_a_silent_client_or_one_that_trickles_its_handshake_stops_nobody(
+            self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
+        with running(tmp_path, tls_ini(certificate, FAST + "request_timeout = 1")) as process:
+            with process.connect() as silent, process.connect() as trickling:
+                trickling.sendall(b"\x16\x03\x01\x02\x00")
+                assert self.exchange(process, certificate, head_of("GET", "/healthz")).status == 200
+                trickling.settimeout(0.1)
+                ended = False
+                while not ended:
+                    try:
+                        trickling.sendall(b"\x01")
+                        ended = trickling.recv(1) == b""
+                    except socket.timeout:
+                        continue
+                    except ConnectionError:
+                        ended = True
+                assert read_to_end(silent) == b""
+            process.wait_for("TLS handshake failed")
+
+    def test_an_encrypted_key_is_refused_and_no_password_asked_for(
+            self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
+        key = tmp_path / "encrypted.key"
+        subprocess.run(["openssl", "rsa", "-aes128", "-passout", "pass:secret", "-out", key, "-in",
+                        certificate.with_suffix(".key")], check=True, capture_output=True)
+        (fault,) = faults_of(tmp_path, f"[server]\ntls_certificate = {certificate}\ntls_key = {key}\n")
+        assert "an encrypted key" in fault
+
+    @posix
+    def test_from_https_to_http_takes_a_restart(self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
+        with running(tmp_path, tls_ini(certificate)) as process:
+            process.ini.write_text(ini_of())
+            process.process.send_signal(signal.SIGHUP)
+            process.wait_for("from http to https or back takes a restart")
+            assert self.exchange(process, certificate, head_of("GET", "/healthz")).status == 200
+
+    @posix
+    def test_a_new_certificate_is_taken_on_sighup(self, tmp_path: pathlib.Path,
+                                                 certificate: pathlib.Path) -> None:
+        copy = tmp_path / "server.pem"
+        for suffix in (".pem", ".key"):
+            shutil.copy(certificate.with_suffix(suffix), copy.with_suffix(suffix))
+        with running(tmp_path, tls_ini(copy)) as process:
+            subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                            "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
+                            "-keyout", copy.with_suffix(".key"), "-out", copy], check=True, capture_output=True)
+            process.process.send_signal(signal.SIGHUP)
+            process.wait_for("reloaded")
+            assert self.exchange(process, copy, head_of("GET", "/healthz")).status == 200
+            copy.write_text("no certificate")
+            process.process.send_signal(signal.SIGHUP)
+            process.wait_for("not reloaded: .*tls_certificate")
+            with pytest.raises(ssl.SSLCertVerificationError):
+                self.exchange(process, certificate, head_of("GET", "/healthz"))
+
+
+class TestLeaving:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @posix
+    def test_a_request_in_flight_finishes_and_the_exit_status_is_0(self, tmp_path: pathlib.Path,
+                                                                  number: int) -> None:
+        with running(tmp_path, ini_of()) as process:
+            data = request_of(batch(student(1)))
+            idle = process.connect()
+            with process.connect() as connection:
+                connection.sendall(data[:-5])
+                TestConfiguration.wait_until_read(process)
+                process.process.send_signal(number)
+                process.wait_for("stopping")
+                connection.sendall(data[-5:])
+                assert parse_answer(read_to_end(connection)).document["imported"] == 1
+            assert read_to_end(idle) == b""
+            idle.close()
+            assert process.process.wait(20) == 0
+            assert not pathlib.Path(f"{process.database}-wal").exists()
+            with pytest.raises(ConnectionRefusedError):
+                process.connect()
+
+    @posix
+    def test_a_client_that_stays_after_its_answer_is_not_waited_for(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process, process.connect() as connection:
+            data = request_of(batch(student(1)))
+            connection.sendall(data[:-5])
+            TestConfiguration.wait_until_read(process)
+            process.process.send_signal(signal.SIGTERM)
+            process.wait_for("stopping")
+            connection.sendall(data[-5:])
+            assert parse_answer(read_to_end(connection)).status == 200
+            assert process.process.wait(8) == 0     # the client's half of the connection is open still
+
+    @posix
+    def test_a_second_signal_ends_it_at_once(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process, process.connect() as connection:
+            connection.sendall(request_of(batch(student(1)))[:-5])
+            TestConfiguration.wait_until_read(process)
+            process.process.send_signal(signal.SIGTERM)
+            process.wait_for("stopping")
+            process.process.send_signal(signal.SIGTERM)
+            assert process.process.wait(20) == -signal.SIGTERM
+
+    def test_a_port_that_is_taken_is_one_clear_line(self, tmp_path: pathlib.Path, server: Process) -> None:
+        (tmp_path / "taken.ini").write_text(f"[server]\nport = {server.port}\n")
+        result = run("--config", tmp_path / "taken.ini")
+        assert result.returncode == 2
+        assert f"cannot listen on 127.0.0.1 port {server.port}" in result.stderr.decode()
+        assert "Traceback" not in result.stderr.decode()
+
+    @pytest.mark.parametrize("where", [1, 30, 120, 200, 10_000])
+    def test_a_reset_at_any_byte_is_one_line_at_most(self, server: Process, where: int) -> None:
+        data = request_of(batch(*map(student, range(500))))
+        lines = len(server.log)
+        connection = server.connect()
+        connection.sendall(data[:where])
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.close()
+        server.exchange(head_of("GET", f"/after-{where}"))
+        server.wait_for(f"/after-{where} 404")
+        assert len(server.log) - lines <= 2
+
+
+class TestLog:
+    def test_a_line_holds_what_the_contract_says(self, server: Process) -> None:
+        answer = server.push(student(1), {}, student(2))
+        identifier = answer.headers["x-request-id"]
+        line = server.wait_for(identifier).string
+        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}Z {identifier} 127\.0\.0\.1 example "
+                            r"POST /api/sis/sync 200 3/2/1 \d+ms", line)
+        answer = server.exchange(head_of(secret="wrong"))
+        line = server.wait_for(answer.headers["x-request-id"]).string
+        assert re.search(r" 127\.0\.0\.1 - POST /api/sis/sync 401 - \d+ms unauthorized$", line)
+
+    def test_what_the_client_wrote_is_escaped_and_its_query_left_out(self, server: Process) -> None:
+        server.exchange(b'GET /log-"\\%0a?secret=' + SECRET.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+        line = server.wait_for("/log-").string
+        assert ' GET /log-"\\x5c%0a 404 ' in line
+
+    def test_a_fault_of_the_server_is_a_500_without_its_cause_and_a_line_with_it(
+            self, service: sis_sync.Service, monkeypatch: Any, caplog: Any) -> None:
+        monkeypatch.setattr(sis_sync, "check_rows", lambda *_: {}["a student's data"])
+        monkeypatch.setattr(sis_sync.log, "propagate", True)
+        answer = handle(service, batch())
+        assert (answer.status, answer.code) == (500, "server_error")
+        assert answer.document["request_id"] == answer.headers["x-request-id"]
+        assert "student's data" not in caplog.text + answer.body.decode()
+        assert f"{answer.document['request_id']} server_error KeyError" in caplog.text
+
+
+class TestDatabase:
+    @posix
+    def test_the_files_are_their_owner_s_alone(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "sis_sync.db").touch(0o644)
+        with running(tmp_path, ini_of()) as process:
+            process.push(student())
+            modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("sis_sync.db*")}
+        assert modes == dict.fromkeys(("sis_sync.db", "sis_sync.db-wal", "sis_sync.db-shm"), 0o600)
+
+    def test_what_is_answered_200_is_on_the_disk_first(self, service: sis_sync.Service) -> None:
+        connection = service.roster._connection
+        assert connection
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)      # FULL
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(sis_sync.MIGRATIONS),)
+
+    def test_a_lock_held_by_another_process_is_busy_after_a_while_and_then_over(
+            self, service: sis_sync.Service, monkeypatch: Any) -> None:
+        assert sis_sync.BUSY_TIMEOUT == 5.0
+        monkeypatch.setattr(sis_sync, "BUSY_TIMEOUT", 0.2)
+        with contextlib.closing(sqlite3.connect(service.roster.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            answer = handle(service, batch(student()))
+            assert (answer.status, answer.code) == (503, "busy")
+            assert answer.headers["retry-after"] == "5"
+            assert handle(service, method="GET", path="/healthz").status == 200
+            other.execute("ROLLBACK")
+        assert handle(service, batch(student())).status == 200
+
+    def test_a_lock_of_another_thread_is_busy_after_a_while_too(
+            self, service: sis_sync.Service, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sis_sync, "BUSY_TIMEOUT", 0.2)
+        with service.roster.transaction():
+            assert handle(service, batch(student())).code == "busy"
+        assert handle(service, batch(student())).status == 200
+
+    @posix
+    def test_a_deleted_database_is_a_500_until_it_is_back(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process:
+            process.push(student(1))
+            backup = tmp_path / "backup.db"
+            assert run("--config", process.ini, "backup", backup).returncode == 0
+            for path in tmp_path.glob("sis_sync.db*"):
+                path.unlink()
+            answer = process.push(student(2))
+            assert (answer.status, answer.code) == (500, "server_error")
+            process.wait_for(f"{answer.document['request_id']} server_error FileNotFoundError")
+            answer = process.exchange(head_of("GET", "/healthz"))
+            assert (answer.status, answer.code) == (503, "unhealthy")
+            shutil.copy(backup, process.database)
+            assert process.push(student(1), student(3)).document["details"] == {
+                "imported": 1, "updated": 1, "unchanged": 1}
+            assert process.exchange(head_of("GET", "/healthz")).status == 200
+            process.log[:] = [line for line in process.log if "server_error" not in line]
+
+    @posix
+    def test_a_database_restored_under_a_running_server_is_the_one_that_is_used(
+            self, tmp_path: pathlib.Path) -> None:
+        """SQLite would apply the log of the old file to the new one, and ruin it."""
+        with running(tmp_path, ini_of()) as process:
+            process.push(*(student(number) for number in range(3000)))
+            backup = tmp_path / "backup.db"
+            assert run("--config", process.ini, "backup", backup).returncode == 0
+            for page in range(4):
+                process.push(*(student(f"{page}-{number}") for number in range(5000)))
+            backup.chmod(0o644)
+            os.replace(backup, process.database)
+            assert process.exchange(head_of("GET", "/healthz")).status == 200
+            answer = process.push(*(student(number) for number in range(3001))).document
+            assert answer["details"] == {"imported": 1, "updated": 3000, "unchanged": 3000}
+            assert process.rows("PRAGMA integrity_check") == [("ok",)]
+            assert process.rows("SELECT count(*) FROM entries") == [(3001,)]
+            assert process.database.stat().st_mode & 0o777 == 0o600
+
+    @linux
+    def test_a_full_disk_is_a_500_that_stores_nothing_and_then_it_goes_on(self, tmp_path: pathlib.Path) -> None:
+        import resource
+        with running(tmp_path, ini_of()) as process:
+            assert process.push(student("first")).status == 200
+            pid, limits = process.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (60_000, limits[1]))  # type: ignore[attr-defined]
+            answers = [process.push(*(student(f"{number}-{index}") for index in range(2000)))
+                       for number in range(3)]
+            assert {(answer.status, answer.code) for answer in answers} == {(500, "server_error")}
+            process.wait_for("server_error OperationalError: (disk I/O error|database or disk is full)")
+            assert process.exchange(head_of("GET", "/healthz")).status == 200
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)  # type: ignore[attr-defined]
+            assert process.push(student("last")).document["details"]["imported"] == 1
+            assert process.rows("SELECT student_id_ext FROM entries") == [("Ufirst",), ("Ulast",)]
+            assert process.rows("SELECT count(*) FROM syncs") == [(2,)]
+
+    @linux
+    def test_a_read_only_database_is_refused_at_start(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "sis_sync.ini").write_text(ini_of())
+        sis_sync.Roster(str(tmp_path / "sis_sync.db")).close()
+        words: list[Any] = [sys.executable, MODULE, "--config", tmp_path / "sis_sync.ini"]
+        if os.geteuid() == 0:       # root may write everything, unless it is told not to
+            if not shutil.which("setpriv"):
+                pytest.skip("needs setpriv")
+            words = ["setpriv", "--bounding-set", "-dac_override", *words]
+        for path, mode in ((tmp_path / "sis_sync.db", 0o400), (tmp_path, 0o500)):
+            before = path.stat().st_mode
+            path.chmod(mode)
+            try:
+                result = subprocess.run(words, capture_output=True, text=True, timeout=20)
+            finally:
+                path.chmod(before)
+            assert result.returncode == 2
+            assert re.search(r"sis_sync\.db: .*([Pp]ermission denied|unable to open|readonly)", result.stderr)
+            assert "Traceback" not in result.stderr
+
+    def test_a_newer_schema_another_s_database_and_no_database_are_refused(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "none.db").write_bytes(b"this is not a database, but it is long enough" * 100)
+        for name, statement in (("newer", "PRAGMA user_version = 99"), ("other", "CREATE TABLE t (x)"),
+                                ("same version", "PRAGMA user_version = 1")):
+            with contextlib.closing(sqlite3.connect(tmp_path / f"{name}.db")) as connection:
+                connection.execute(statement)
+        before = {path.name: (path.read_bytes(), path.stat().st_mode) for path in tmp_path.glob("*.db")}
+        for name, words in (("newer", "newer than 1: use a newer sis_sync.py"),
+                            ("other", "a database of another program"),
+                            ("same version", "a database of another program"), ("none", "file is not a database")):
+            (tmp_path / "test.ini").write_text(f"[server]\nport = 0\ndatabase = {name}.db\n")
+            for command, status in (((), 2), (("check",), 1)):
+                result = run("--config", tmp_path / "test.ini", *command)
+                assert result.returncode == status
+                assert words in (result.stdout + result.stderr).decode()
+                assert b"Traceback" not in result.stderr
+        assert {path.name: (path.read_bytes(), path.stat().st_mode) for path in tmp_path.glob("*.db")} == before
+
+    def test_an_older_schema_is_migrated(self, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+        path = str(tmp_path / "old.db")
+        sis_sync.Roster(path).close()
+        monkeypatch.setattr(sis_sync, "MIGRATIONS", (
+            *sis_sync.MIGRATIONS, ("CREATE TABLE added (x)", "INSERT INTO added VALUES (1)")))
+        for _ in range(2):
+            sis_sync.Roster(path).close()
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+            assert connection.execute("SELECT x FROM added").fetchall() == [(1,)]
+
+    def test_a_migration_that_fails_changes_nothing(self, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+        path = str(tmp_path / "old.db")
+        sis_sync.Roster(path).close()
+        monkeypatch.setattr(sis_sync, "MIGRATIONS", (*sis_sync.MIGRATIONS, ("CREATE TABLE added (x)", "no SQL")))
+        with pytest.raises(sis_sync.CommandError):
+            sis_sync.Roster(path)
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+            assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'added'").fetchone() == (0,)
+
+
+# ---------------------------------------------------------------------------------------------
+# Section 7: the command line
+# ---------------------------------------------------------------------------------------------
+
+class TestCommands:
+    @pytest.mark.parametrize("words", [(), *((name,) for name in sis_sync.COMMANDS)])
+    def test_every_command_explains_itself(self, words: tuple[str, ...]) -> None:
+        result = run(*words, "--help")
+        assert result.returncode == 0 and not result.stderr
+        text = result.stdout.decode()
+        if not words:
+            assert all(re.search(rf"^    {name}\b", text, re.MULTILINE) for name in sis_sync.COMMANDS)
+        for names, settings in sis_sync.COMMANDS[words[0]][1] if words else ():
+            assert settings["help"].split()[0] in text
+            assert (settings.get("metavar") if names[0] == "file" else names[0]) in text
+
+    def test_version(self) -> None:
+        assert run("--version").stdout.decode() == f"sis_sync {sis_sync.__version__}\n"
+
+    @pytest.mark.parametrize("words", [("nonsense",), ("push",), ("backup",), ("export", "--not-seen-since", "x"),
+                                       ("push", "f", "--cohort", "1", "--map", "x=y"), ("--config",)])
+    def test_a_wrong_command_line_is_2_without_a_traceback(self, words: tuple[str, ...]) -> None:
+        result = run(*words)
+        assert result.returncode == 2
+        assert b"usage:" in result.stderr and b"Traceback" not in result.stderr
+
+    def test_secret_prints_a_secret_and_its_digest(self) -> None:
+        secret, digest = run("secret").stdout.decode().splitlines()
+        assert re.fullmatch(r"sis_[A-Za-z0-9_-]{43}", secret)
+        assert digest == "sha256:" + hashlib.sha256(secret.encode()).hexdigest()
+        assert run("secret").stdout.decode().splitlines()[0] != secret
+        result = run("secret", "--hash", stdin=f"{secret}\n")
+        assert result.stdout.decode() == f"{digest}\n"
+        assert run("secret", "--hash").returncode == 2
+        digest = "sha256:" + hashlib.sha256(b"caf\xe9").hexdigest()
+        assert run("secret", "--hash", stdin=b"caf\xe9\n").stdout.decode().strip() == digest
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_a_stdout_that_fails_is_no_traceback(self, tmp_path: pathlib.Path) -> None:
+        words = [sys.executable, str(MODULE), "secret"]
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20)
+        assert (result.returncode, "No space left" in result.stderr) == (2, True)
+        assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as closed:
+            result = subprocess.run(words, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=20)
+        assert (result.returncode, "Exception" in result.stderr) == (0, False)
+
+    def test_check_says_all_that_is_wrong_and_changes_nothing(self, tmp_path: pathlib.Path) -> None:
+        ini = tmp_path / "sis_sync.ini"
+        ini.write_text(ini_of())
+        result = run("--config", ini, "check")
+        assert (result.returncode, result.stdout.decode()) == (0, f"{ini}: good\n")
+        assert not (tmp_path / "sis_sync.db").exists()
+        assert run("check", "--config", ini, environment={"SIS_SYNC_SECRET": ""}).returncode == 0
+        ini.write_text("[server]\nport = x\n[limit]\n")
+        result = run("--config", ini, "check")
+        assert (result.returncode, len(result.stdout.splitlines())) == (1, 2)
+        ini.write_text("[server]\ndatabase = no/such/folder/x.db\n")
+        result = run("--config", ini, "check")
+        assert (result.returncode, b"no database can be made here" in result.stdout) == (1, True)
+
+    def test_demo_shows_everything_and_ends(self) -> None:
+        result = run("demo", "--once", environment={"SIS_SYNC_SECRET": ""})
+        text = result.stdout.decode()
+        assert result.returncode == 0, result.stderr
+        assert "12,000 new, 0 updated, 0 unchanged" in text
+        assert "0 new, 12,000 updated, 12,000 unchanged" in text
+        for answer in ("200 {", '400 {"error": "missing_field"', '401 {"error": "unauthorized"',
+                       '413 {"error": "batch_too_large"', '429 {"error": "rate_limited"', "curl http://"):
+            assert answer in text
+        folder = re.search(r"database and log in (\S+)", text)
+        assert folder and not os.path.exists(folder[1])
+
+    @posix
+    def test_demo_serves_until_ctrl_c(self) -> None:
+        process = subprocess.Popen([sys.executable, MODULE, "demo"], stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        lines = iter(process.stdout)
+        url = next(match for line in lines if (match := re.search(r"curl http://127.0.0.1:(\d+)", line)))
+        assert any("until you press Ctrl-C" in line for line in lines)
+        connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=20)
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 200
+        connection.close()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+
+    def test_the_options_of_serve_override_the_file(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, "[server]\nport = 1\nhost = 192.0.2.1\n", words=(
+                "serve", "--port", "0", "--host", "127.0.0.1")) as process:
+            assert process.exchange(head_of("GET", "/healthz")).status == 200
+        result = run("--config", process.ini, "serve", "--port", "x")
+        assert result.returncode == 2 and b"[server] port: found 'x'" in result.stderr
+
+    def test_a_start_tells_where_it_listens_and_who_has_a_secret(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(institutions=(
+                "[institution a]\n[institution b]\nsecrets = env:NOT_SET\n"))) as process:
+            process.wait_for("institution b: no secret set")
+            log = "\n".join(process.log)
+        assert "institution a: 1 secret set" in log
+        assert f"database: {process.database}" in log
+        assert f"configuration: {process.ini}" in log
+        assert "warning: [institution b] secrets: env:NOT_SET is missing, empty" in log
+
+
+def csv_of(students: Sequence[Mapping[str, Any]], columns: Sequence[str] = sis_sync.NAMES,
+           delimiter: str = ",") -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, delimiter=delimiter, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(students)
+    return text.getvalue()
+
+
+def rows_in(folder: pathlib.Path, data: str | bytes, mapping: Mapping[str, str] = {},
+            name: str = "roster.csv") -> tuple[list[sis_sync.Row], str]:
+    path = folder / name
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    file = sis_sync.open_roster_file(str(path), mapping)
+    rows = list(file.rows)
+    assert file.total == len(rows)
+    return rows, "\n".join(file.notes)
+
+
+class TestRosterFiles:
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252"])
+    @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+    def test_csv_is_read_as_it_is_found(self, tmp_path: pathlib.Path, encoding: str, delimiter: str) -> None:
+        students = [{**FULL, "last_name": "Müller; Zoë", "first_name": 'The "x", y', "first_in_family": ""},
+                    {**FULL, "student_id_ext": "00123", "first_in_family": "Yes"}]
+        rows, notes = rows_in(tmp_path, csv_of(students, delimiter=delimiter).encode(encoding))
+        assert [row.line for row in rows] == [2, 3]
+        assert rows[0].student == {**students[0], "first_in_family": None}
+        assert rows[1].student["student_id_ext"] == "00123"  # type: ignore[index,call-overload]
+        assert ("Windows-1252" in notes) is (encoding == "cp1252")
+
+    @pytest.mark.parametrize("text, value", [
+        ("TRUE", True), ("Yes", True), ("1", True), ("y", True), (" t ", True), ("False", False), ("no", False),
+        ("0", False), ("", None), (" ", None), ("maybe", "maybe")])
+    def test_a_boolean_is_known_in_its_usual_spellings(self, tmp_path: pathlib.Path, text: str, value: Any) -> None:
+        rows, _ = rows_in(tmp_path, csv_of([{**FULL, "first_in_family": text}]))
+        assert rows[0].student["first_in_family"] == value  # type: ignore[index,call-overload]
+
+    def test_headers_are_known_in_other_case_and_with_spaces(self, tmp_path: pathlib.Path) -> None:
+        rows, notes = rows_in(tmp_path, "Student ID Ext, E-Mail ,FIRST_NAME,Other\nU1,a@b,Zoë,x\n")
+        assert rows == [sis_sync.Row(2, {"student_id_ext": "U1", "email": "a@b", "first_name": "Zoë"})]
+        assert "student_id_ext from 'Student ID Ext'" in notes
+        assert "no column for last_name, program_code, campus_name, first_in_family" in notes
+
+    def test_map_names_a_column(self, tmp_path: pathlib.Path) -> None:
+        rows, _ = rows_in(tmp_path, "No,Mail\nU1,a@b\n", {"student_id_ext": "No", "email": "mail"})
+        assert rows == [sis_sync.Row(2, {"student_id_ext": "U1", "email": "a@b"})]
+
+    @pytest.mark.parametrize("data, line", [
+        ("sep=;\nstudent_id_ext;email\nU1;a@b\n", 3), ("\n \nstudent_id_ext;email\nU1;a@b\n", 4),
+        ("student_id_ext,email,,\n , \nU1,a@b,,\n", 3), ("student_id_ext,email\rU1,a@b\r", 2)])
+    def test_what_surrounds_the_rows_is_seen_through(self, tmp_path: pathlib.Path, data: str, line: int) -> None:
+        rows, _ = rows_in(tmp_path, data)
+        assert rows == [sis_sync.Row(line, {"student_id_ext": "U1", "email": "a@b"})]
+
+    def test_blank_lines_and_quoted_line_breaks_keep_the_line_numbers_right(self, tmp_path: pathlib.Path) -> None:
+        rows, _ = rows_in(tmp_path, 'student_id_ext,email,first_name\r\n\r\nU1,a@b,"x\r\ny"\r\n,,\r\nU2,c@d,\r\n')
+        assert [row.line for row in rows] == [3, 6]
+
+    def test_a_row_with_too_few_or_too_many_columns_is_a_fault(self, tmp_path: pathlib.Path) -> None:
+        rows, _ = rows_in(tmp_path, "student_id_ext,email,first_name\nU1,a@b\nU2,a@b,c,d\nU3,a@b,c,,\n")
+        assert [row.student if isinstance(row.student, sis_sync.Fault) else None for row in rows] == [
+            sis_sync.Fault(None, "wrong_columns", "2 columns where the header has 3"),
+            sis_sync.Fault(None, "wrong_columns", "4 columns where the header has 3"), None]
+
+    @pytest.mark.parametrize("number", ["1.23457E+11", "1,23457E+11", "2E+15", "1.2e+07"])
+    def test_an_id_that_excel_shortened_is_a_fault_that_says_so(self, tmp_path: pathlib.Path, number: str) -> None:
+        rows, _ = rows_in(tmp_path, csv_of([{**FULL, "student_id_ext": number}]))
+        fault = rows[0].student
+        assert isinstance(fault, sis_sync.Fault) and fault.error == "scientific_notation"
+        assert "format the column as text" in fault.message
+
+    @pytest.mark.parametrize("data, words", [
+        (b"", "is empty"), (b"\n \n", "is empty"), (b"a,b\n1,2\n", "its header has: a, b"), (b"email,email,student_id_ext\n", "two columns"),
+        ("student_id_ext,email\n".encode("utf-16"), "is UTF-16"), (b"\x81\x8d\xff", "neither UTF-8 nor"),
+        (b'student_id_ext,email\n"' + b"x" * 140_000, "is no CSV"), (b'{"students": 1}', "must be an array"),
+        (b"[1, 2", "is not JSON")])
+    def test_a_file_that_can_t_be_understood_is_refused(self, tmp_path: pathlib.Path, data: bytes,
+                                                        words: str) -> None:
+        with pytest.raises(sis_sync.CommandError) as caught:
+            rows_in(tmp_path, data)
+        assert words in "\n".join(caught.value.args)
+
+    @pytest.mark.parametrize("document", [[student(1), "x"], {"cohort_id": "y", "students": [student(1), "x"]}])
+    def test_json_is_an_array_or_a_request_body(self, tmp_path: pathlib.Path, document: Any) -> None:
+        rows, _ = rows_in(tmp_path, "\ufeff \n" + json.dumps(document), name="roster.json")
+        assert rows == [sis_sync.Row(1, student(1)), sis_sync.Row(2, "x")]  # type: ignore[arg-type]
+
+    ONEROSTER = ("sourcedId,status,givenName,familyName,email,identifier{}\n"
+                 "s1,active,Zoë,Ng,z@b,0012{}\ns2,tobedeleted,A,B,c@d,0013{}\ns3,,T,U,t@b,0014{}\n")
+
+    def test_oneroster_1_1_is_known_and_only_its_students_are_taken(self, tmp_path: pathlib.Path) -> None:
+        text = self.ONEROSTER.format(",role", ",student", ",student", ",teacher")
+        rows, notes = rows_in(tmp_path, text)
+        expected = {"student_id_ext": "s1", "email": "z@b", "first_name": "Zoë", "last_name": "Ng"}
+        assert rows == [sis_sync.Row(2, expected)]
+        assert "student_id_ext from 'sourcedId'" in notes
+        rows, notes = rows_in(tmp_path, text, {"student_id_ext": "identifier"})
+        assert rows == [sis_sync.Row(2, {**expected, "student_id_ext": "0012"})]
+
+    def test_oneroster_1_2_takes_the_roles_from_roles_csv(self, tmp_path: pathlib.Path) -> None:
+        text = self.ONEROSTER.format("", "", "", "")
+        rows, notes = rows_in(tmp_path, text)
+        assert [row.line for row in rows] == [2, 4] and "put roles.csv beside it" in notes
+        (tmp_path / "roles.csv").write_text("sourcedId,status,userSourcedId,roleType,role\n"
+                                            "r1,active,s1,primary,student\nr2,active,s3,primary,teacher\n")
+        rows, notes = rows_in(tmp_path, text)
+        assert [row.line for row in rows] == [2]
+        (tmp_path / "roles.csv").write_bytes(b"userSourcedId,role\n\xff,student\n")
+        with pytest.raises(sis_sync.CommandError, match="roles.csv: "):
+            rows_in(tmp_path, text)
+
+    @linux
+    def test_a_huge_file_takes_no_more_memory_than_a_small_one(self, tmp_path: pathlib.Path) -> None:
+        """On an address space that its 60 MB would not fit into."""
+        path = tmp_path / "huge.csv"
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("student_id_ext,email,first_name\n")
+            for number in range(200_000):
+                file.write(f"U{number},u{number}@example.edu,{'x' * 250}\n")
+        source = ("import resource, sis_sync, sys; file = sis_sync.open_roster_file(sys.argv[1], {});"
+                  "print(file.total, sum(1 for row in file.rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        sizes = []
+        for lines in (1, 200_000):
+            if lines == 1:
+                small = tmp_path / "small.csv"
+                small.write_text("student_id_ext,email,first_name\nU1,a@b,x\n")
+            result = subprocess.run([sys.executable, "-c", source, small if lines == 1 else path], cwd=HERE,
+                                    capture_output=True, text=True, check=True)
+            total, count, size = map(int, result.stdout.split())
+            assert total == count == lines
+            sizes.append(size)
+        assert sizes[1] < sizes[0] + 4 * 1024       # kilobytes
+
+
+class TestPush:
+    def push(self, process: Process, *words: Any, stdin: str | bytes = b"", cohort: str = "2026",
+             **options: Any) -> subprocess.CompletedProcess[bytes]:
+        return run("push", *words, "--url", f"http://127.0.0.1:{process.port}", "--cohort", cohort,
+                   stdin=stdin, **options)
+
+    def test_a_messy_csv_arrives_and_every_bad_line_is_told(self, server: Process, tmp_path: pathlib.Path) -> None:
+        path = tmp_path / "messy.csv"
+        path.write_bytes("Student_ID_Ext;E-mail;First Name;First In Family\r\n"
+                         "00017;o'brien@example.edu;Zoë;Yes\r\n\r\n"
+                         ";no-id@example.edu;A;\r\n1,2E+10;x@example.edu;B;no\r\n"
+                         "00018;c@example.edu\r\n00019;d@example.edu;\"a\nb\";0\r\n"
+                         "00020;e@example.edu;;\r\n00020;f@example.edu;;\r\n".encode("cp1252"))
+        result = self.push(server, path, "--json", cohort="messy")
+        assert result.returncode == 1
+        summary = json.loads(result.stdout)
+        assert (summary["sent"], summary["new"], summary["updated"], summary["unchanged"]) == (5, 2, 0, 0)
+        assert [(row["line"], row["error"]) for row in summary["rejected"]] == [
+            (4, "missing_field"), (5, "scientific_notation"), (6, "wrong_columns"), (7, "invalid_field"),
+            (10, "duplicate_student")]
+        text = self.push(server, path, cohort="messy").stdout.decode()
+        assert "new 0, updated 2 (of these unchanged 2), rejected 5" in text
+        assert "line 10: duplicate_student: the same student_id_ext stood higher up in the batch" in text
+        assert "Mend these lines" in text
+        assert server.rows("SELECT student_id_ext, first_name, first_in_family FROM entries JOIN rosters USING "
+                           "(roster_id) WHERE cohort_id = 'messy'") == [("00017", "Zoë", 1), ("00020", None, None)]
+
+    def test_standard_input_is_a_file_too(self, server: Process) -> None:
+        result = self.push(server, "-", stdin=csv_of([FULL]), cohort="stdin")
+        assert result.returncode == 0
+        assert b"new 1, updated 0 (of these unchanged 0), rejected 0" in result.stdout
+
+    def test_elsewhere_than_on_a_terminal_there_is_a_line_for_each_page(self, server: Process) -> None:
+        result = self.push(server, "-", "--batch", "2", stdin=csv_of([student(n) for n in range(5)]), cohort="pages")
+        lines = [line for line in result.stderr.decode().splitlines() if " of 5 students" in line]
+        assert [line.partition(",")[0] for line in lines] == ["2 of 5 students", "4 of 5 students", "5 of 5 students"]
+
+    def test_on_a_terminal_there_is_a_bar(self) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        stream = Terminal()
+        progress = sis_sync.Progress(stream, 12_000)
+        summary = sis_sync.Summary(sent=6000, started=time.monotonic() - 60)
+        progress.show(summary, "rate limited: 12 s")
+        assert re.search(r"^\r\x1b\[K\[##########          \] 6,000 of 12,000 students, 100/s, [01]:\d\d left, "
+                         r"rate limited: 12 s$", stream.getvalue())
+
+    def test_a_dry_run_judges_like_the_server_and_sends_nothing(self, tmp_path: pathlib.Path) -> None:
+        students = [{"student_id_ext": f"U{number}", "email": value if name == "email" else "a@b", name: value}
+                    for number, (name, value, *_) in enumerate(GOOD + BAD) if name != "student_id_ext"]
+        path = tmp_path / "roster.json"
+        path.write_text(json.dumps(students))
+        result = run("push", path, "--cohort", "1", "--dry-run", "--json")
+        assert result.returncode == 1
+        service = sis_sync.Service(configuration_of(tmp_path, ini_of()))
+        answer = handle(service, batch(*students)).document
+        service.roster.close()
+        assert answer["errors"]
+        assert [(row["line"], row["field"], row["error"], row["message"]) for row in json.loads(
+            result.stdout)["rejected"]] == [tuple(error.values()) for error in answer["errors"]]
+        assert run("push", path, "--cohort", "x" * 65, "--dry-run").returncode == 2
+
+    def test_12000_students_go_through_a_rate_limit(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(limits="requests_per_minute = 60")) as process:
+            for _ in range(59):
+                process.push()
+            path = tmp_path / "roster.csv"
+            path.write_text(csv_of(sis_sync.made_up_students(12_000)), "utf-8")
+            result = self.push(process, path)
+            assert result.returncode == 0, result.stderr
+            assert b"new 12,000, updated 0" in result.stdout
+            assert b"rate limited: 1 s" in result.stderr
+            assert process.rows("SELECT count(*) FROM entries") == [(12_000,)]
+
+    def test_a_page_that_is_too_large_is_halved_and_its_lines_stay_right(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(limits=FAST + "max_students = 150")) as process:
+            students = [student(number) for number in range(1000)]
+            for number in (0, 499, 998):
+                students[number]["email"] = ""
+            result = self.push(process, "-", "--json", stdin=csv_of(students))
+            summary = json.loads(result.stdout)
+            assert (summary["new"], summary["sent"]) == (997, 1000)
+            assert [row["line"] for row in summary["rejected"]] == [2, 501, 1000]
+            received = [row[0] for row in process.rows("SELECT received FROM syncs")]
+            assert sum(received) == 1000 and max(received) <= 150
+            process.wait_for("413")
+            assert len([line for line in process.log if " 413 " in line]) <= 4      # it is learnt once
+
+    @posix
+    def test_a_server_killed_and_restarted_midway_does_no_harm(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process:
+            process.ini.write_text(ini_of(f"port = {process.port}").replace("port = 0\n", ""))
+            words = [sys.executable, MODULE, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
+                     "--cohort", "2026", "--batch", "100"]
+            pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       env=process.environment, encoding="utf-8")
+            assert pushing.stdin and pushing.stderr and pushing.stdout
+            pushing.stdin.write(csv_of(sis_sync.made_up_students(12_000)))
+            pushing.stdin.close()
+            assert any("1,000 of" in line for line in pushing.stderr)
+            process.stop(signal.SIGKILL)
+            assert any("no answer" in line for line in pushing.stderr)
+            process.start()
+            rest = pushing.stderr.read()
+            assert pushing.wait(60) == 0, rest
+            assert "rejected 0" in pushing.stdout.read()
+            pushing.stdout.close()
+            pushing.stderr.close()
+            assert process.rows("SELECT count(*) FROM entries") == [(12_000,)]
+
+    @posix
+    def test_a_secret_rotated_midway_stops_the_push_and_says_how_far_it_came(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(limits="requests_per_minute = 60"),
+                     environment={"NEXT": OTHER_SECRET}) as process:
+            words = [sys.executable, MODULE, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
+                     "--cohort", "2026", "--batch", "10"]
+            pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       env=process.environment, encoding="utf-8")
+            assert pushing.stdin and pushing.stderr and pushing.stdout
+            pushing.stdin.write(csv_of(sis_sync.made_up_students(2000)))
+            pushing.stdin.close()
+            assert any("rate limited" in line for line in pushing.stderr)
+            process.ini.write_text(ini_of(institutions="[institution example]\nsecrets = env:NEXT\n"))
+            process.process.send_signal(signal.SIGHUP)
+            rest = pushing.stderr.read()
+            text = pushing.stdout.read()
+            assert pushing.wait(60) == 2
+            assert "stopped: the server answered 401 unauthorized" in rest
+            (stored,) = process.rows("SELECT count(*) FROM entries")[0]
+            assert 600 <= stored < 2000 and f"new {stored:,}," in text
+            pushing.stdout.close()
+            pushing.stderr.close()
+
+    @posix
+    def test_ctrl_c_ends_at_a_page_s_border_with_the_summary_so_far(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of(limits="requests_per_minute = 20")) as process:
+            words = [sys.executable, MODULE, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
+                     "--cohort", "2026", "--batch", "10", "--json"]
+            pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       env=process.environment, encoding="utf-8")
+            assert pushing.stdin and pushing.stderr
+            pushing.stdin.write(csv_of(sis_sync.made_up_students(2000)))
+            pushing.stdin.flush()
+            pushing.stdin.close()
+            pushing.stdin = None
+            assert any("rate limited" in line for line in pushing.stderr)
+            pushing.send_signal(signal.SIGINT)
+            output, rest = pushing.communicate(timeout=20)
+            assert (pushing.returncode, "Traceback" in rest) == (130, False)
+            assert json.loads(output)["new"] == 200
+            assert process.rows("SELECT count(*) FROM entries") == [(200,)]
+
+    def test_a_refusal_of_the_whole_batch_names_its_lines(self, server: Process) -> None:
+        result = self.push(server, "-", "--json", stdin=csv_of([student(1), {"student_id_ext": "U2"}]),
+                           environment={"SIS_SYNC_SECRET": "sis_the-strict-ones-secret"})
+        assert result.returncode == 2
+        assert [row["line"] for row in json.loads(result.stdout)["rejected"]] == [3]
+        assert b"stopped: the server answered 400 invalid_rows" in result.stderr
+
+    def test_what_can_t_work_is_one_clear_line_and_2(self, server: Process, tmp_path: pathlib.Path) -> None:
+        path = tmp_path / "roster.csv"
+        path.write_text(csv_of([FULL]))
+        url = f"http://127.0.0.1:{server.port}"
+        for words, environment, line in (
+                ((path, "--url", url), {"SIS_SYNC_SECRET": "wrong"}, "the server answered 401"),
+                ((path, "--url", url), {"SIS_SYNC_SECRET": ""}, "the secret must be in SIS_SYNC_SECRET"),
+                ((path, "--url", url, "--secret-file", tmp_path / "no"), {}, "cannot be read"),
+                ((path, "--url", "ftp://x"), {}, "--url ftp://x: must be http:// or https://"),
+                *(((path, "--url", odd), {}, f"--url {odd}: must be")
+                  for odd in ("http://[::1", "http://h:abc/", "http://h:99999/", "http://a..b/", "http://")),
+                ((path, "--url", "https://127.0.0.1:1", "--ca-file", tmp_path / "no.pem"), {}, "--ca-file"),
+                ((path,), {}, "push takes --url URL"),
+                ((tmp_path / "missing.csv", "--url", url), {}, "No such file"),
+                ((tmp_path, "--url", url), {}, "Is a directory"),
+                ((path, "--url", url, "--cohort", "x" * 65), {}, "400 invalid_field cohort_id must be")):
+            result = run("push", *words, *(() if "--cohort" in words else ("--cohort", "1")),
+                         environment=environment)
+            assert result.returncode == 2
+            assert line in result.stderr.decode()
+            assert b"Traceback" not in result.stderr
+
+    def test_a_secret_can_be_in_a_file(self, server: Process, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "secret").write_text(f"{SECRET}\n")
+        result = self.push(server, "-", "--secret-file", tmp_path / "secret", stdin=csv_of([FULL]),
+                           environment={"SIS_SYNC_SECRET": ""})
+        assert result.returncode == 0
+
+    def test_an_untrusted_certificate_stops_at_once_and_ca_file_makes_it_trusted(
+            self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
+        with running(tmp_path, tls_ini(certificate)) as process:
+            words = ("push", "-", "--url", f"https://localhost:{process.port}", "--cohort", "1")
+            result = run(*words, stdin=csv_of([FULL]))
+            assert result.returncode == 2
+            assert b"certificate is not trusted" in result.stderr
+            result = run(*words, "--ca-file", certificate, stdin=csv_of([FULL]))
+            assert result.returncode == 0, result.stderr
+
+
+def a_server_that_answers(answers: Sequence[bytes]) -> tuple[str, list[bytes], threading.Thread]:
+    """Another server than ours: it gives these answers, one a connection, and keeps what it read."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    requests: list[bytes] = []
+
+    def serve() -> None:
+        with listener:
+            for answer in answers:
+                connection, _ = listener.accept()
+                with connection:
+                    head, _, body = b"", b"", b""
+                    data = b""
+                    while b"\r\n\r\n" not in data:
+                        data += connection.recv(65536)
+                    head, _, body = data.partition(b"\r\n\r\n")
+                    length = int(re.search(rb"Content-Length: (\d+)", head)[1])  # type: ignore[index]
+                    while len(body) < length:
+                        body += connection.recv(65536)
+                    requests.append(body)
+                    connection.sendall(answer)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}", requests, thread
+
+
+class TestPatience:
+    """The pushing side against servers that fail, without the waiting."""
+
+    GOOD = (b'HTTP/1.1 200 OK\r\n\r\n{"received": 1, "imported": 1, "details": {"imported": 1, "updated": 0, '
+            b'"unchanged": 0}, "errors": []}')
+
+    def push(self, *answers: bytes) -> tuple[sis_sync.Client, list[float], list[bytes]]:
+        url, requests, thread = a_server_that_answers(answers)
+        client = sis_sync.Client(url, SECRET, "1", sis_sync.Progress(io.StringIO(), 1))
+        waits: list[float] = []
+        client.stopping.wait = lambda seconds: waits.append(seconds)  # type: ignore[method-assign,assignment]
+        client.wait = lambda seconds, why: waits.append(seconds)  # type: ignore[method-assign]
+        try:
+            client.push([sis_sync.Row(2, student())], 10)
+        finally:
+            thread.join(20)
+        return client, waits, requests
+
+    def test_429_and_503_are_waited_for_as_retry_after_says(self) -> None:
+        client, waits, requests = self.push(
+            b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\n\r\n{}",
+            b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\n\r\n<html>", self.GOOD)
+        assert waits == [7, 2]
+        assert client.summary.new == 1
+        assert len(set(requests)) == 1      # the very same page each time
+
+    def test_a_date_and_a_missing_retry_after_are_understood(self) -> None:
+        client, waits, _ = self.push(
+            b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: Thu, 01 Jan 1970 00:00:00 GMT\r\n\r\n",
+            b"HTTP/1.1 429 Too Many Requests\r\n\r\n", b"HTTP/1.1 408 Timeout\r\n\r\n", self.GOOD)
+        assert waits[0] == 1 and len(waits) == 3
+        assert client.summary.new == 1
+
+    def test_other_faults_are_tried_again_with_growing_waits(self) -> None:
+        faults = [b"", b"HTTP/1.1 500 Oops\r\n\r\n{}", b"nonsense\r\n\r\n", b"HTTP/1.1 502 Bad\r\n\r\n<html>",
+                  b"HTTP/1.1 503 No\r\n\r\n{}"]
+        client, waits, _ = self.push(*faults, self.GOOD)
+        assert client.summary.new == 1
+        for number, seconds in enumerate(waits):
+            assert 0.75 * 2 ** number <= seconds <= 1.25 * 2 ** number
+        with pytest.raises(sis_sync.CommandError, match="stopped: the server answered 500"):
+            self.push(*[b"HTTP/1.1 500 Oops\r\n\r\n{}"] * 6)
+
+    @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad\r\n\r\n{}", b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n",
+                                        b"HTTP/1.1 404 No\r\n\r\n<html>", b"HTTP/1.1 413 Large\r\n\r\n{}",
+                                        b"HTTP/1.1 200 OK\r\n\r\n<html>", b'HTTP/1.1 200 OK\r\n\r\n{"details": 1}',
+                                        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000,
+                                        GOOD.replace(b"[]", b'[{"row": 2}]'), GOOD.replace(b"[]", b'["x"]'),
+                                        GOOD.replace(b'"imported": 1, "updated"', b'"imported": "x", "updated"'),
+                                        b'HTTP/1.1 400 Bad\r\n\r\n{"errors": null}',
+                                        b'HTTP/1.1 422 Bad\r\n\r\n{"errors": {"email": ["x"]}}'])
+    def test_what_no_repetition_mends_stops_at_once(self, answer: bytes) -> None:
+        with pytest.raises(sis_sync.CommandError, match="stopped: "):
+            self.push(answer)
+
+
+class TestExport:
+    @pytest.fixture
+    def filled(self, tmp_path: pathlib.Path) -> pathlib.Path:
+        """The ini of a database with rosters of two institutions in it."""
+        ini = tmp_path / "sis_sync.ini"
+        ini.write_text(ini_of(institutions="[institution a]\n[institution b]\nsecrets = env:NOT_SET\n"))
+        service = sis_sync.Service(sis_sync.load_configuration(str(ini), {"SIS_SYNC_SECRET": SECRET}))
+        handle(service, batch(FULL, student("=1", first_name="=1+1", last_name="-x", campus_name="a,\"b\"")))
+        handle(service, batch(student(9), cohort_id="2027"))
+        service.configuration = service.configuration._replace(institutions=(
+            service.configuration.institutions[0]._replace(name="b"),))
+        handle(service, batch(student(5)))
+        service.roster.close()
+        return ini
+
+    def test_it_is_csv_with_the_field_names(self, filled: pathlib.Path) -> None:
+        result = run("--config", filled, "export", "--institution", "a", "--cohort", "2026")
+        assert result.stdout.decode().split("\r\n") == [
+            ",".join(sis_sync.NAMES),
+            "U2025001,alex.connor@student.example.edu.au,Alex,Connor,BUSI,Sunshine Coast,false",
+            'U=1,u=1@example.edu,=1+1,-x,,"a,""b""",', ""]
+
+    def test_for_a_spreadsheet_it_has_a_bom_and_no_formula(self, filled: pathlib.Path) -> None:
+        result = run("--config", filled, "export", "--institution", "a", "--cohort", "2026", "--excel")
+        assert result.stdout.startswith(b"\xef\xbb\xbfstudent_id_ext,")
+        assert b",'=1+1,'-x," in result.stdout
+
+    def test_the_database_itself_is_not_overwritten(self, filled: pathlib.Path) -> None:
+        database = filled.with_name("sis_sync.db")
+        before = database.read_bytes()
+        result = run("--config", filled, "export", "--institution", "b", "--output", database)
+        assert (result.returncode, b"is the database itself" in result.stderr) == (2, True)
+        assert database.read_bytes() == before
+
+    def test_several_rosters_are_named_and_none_is_guessed(self, filled: pathlib.Path) -> None:
+        result = run("--config", filled, "export")
+        assert (result.returncode, result.stdout) == (2, b"")
+        assert "--institution a --cohort 2026\n" in result.stderr.decode()
+        assert run("--config", filled, "export", "--institution", "b").returncode == 0
+        assert b"no such roster" in run("--config", filled, "export", "--cohort", "x").stderr
+
+    def test_who_silently_left_the_feed_is_listed(self, filled: pathlib.Path) -> None:
+        with contextlib.closing(sqlite3.connect(filled.with_name("sis_sync.db"))) as connection:
+            connection.execute("UPDATE entries SET seen_at = 1767225599 WHERE student_id_ext = 'U2025001'")
+            connection.commit()
+        words = ("--config", filled, "export", "--institution", "a", "--cohort", "2026", "--not-seen-since")
+        assert [line.partition(b",")[0] for line in run(*words, "2026-01-01").stdout.splitlines()[1:]] == [b"U2025001"]
+        assert len(run(*words, "2025-12-31").stdout.splitlines()) == 1
+
+    @posix
+    def test_the_output_file_is_its_owner_s_alone(self, filled: pathlib.Path, tmp_path: pathlib.Path) -> None:
+        path = tmp_path / "out.csv"
+        assert run("--config", filled, "export", "--institution", "b", "--output", path).returncode == 0
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.read_text().splitlines()[1] == "U5,u5@example.edu,,,,,"
+        result = run("--config", filled, "export", "--institution", "b", "--output", tmp_path / "no" / "x")
+        assert (result.returncode, b"No such file" in result.stderr) == (2, True)
+
+    def test_a_database_that_is_not_there_is_not_made(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "sis_sync.ini").write_text(ini_of())
+        for words in (("export",), ("history",), ("backup", tmp_path / "copy.db")):
+            result = run("--config", tmp_path / "sis_sync.ini", *words)
+            assert (result.returncode, b"there is no database yet" in result.stderr) == (2, True)
+        assert [path.name for path in tmp_path.iterdir()] == ["sis_sync.ini"]
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_pushed_exported_and_pushed_again_it_is_unchanged_in_any_order_of_pages(
+            self, tmp_path: pathlib.Path, seed: int) -> None:
+        pick = random.Random(seed)
+        letters = "aZ09 ,;\"'=+-@\\|\u00e9e\u0301王\u200d👩\x85\u2028\ufeff\xad"
+
+        def text(most: int) -> str:
+            return "".join(pick.choices(letters, k=pick.randrange(most)))
+
+        students = [{"student_id_ext": pick.choice("0=-'") + f"{number:03}{text(9)}", "email": f"u{number}@{number}",
+                     "first_name": text(20), "last_name": text(20), "program_code": pick.choice((None, "", "B")),
+                     "campus_name": text(40), "first_in_family": pick.choice((None, True, False))}
+                    for number in range(700)]
+        dumps = []
+        with running(tmp_path, ini_of()) as process:
+            for cohort in ("one", "two"):
+                pages = [students[start:start + 100] for start in range(0, 700, 100)]
+                if cohort == "two":
+                    pages += pick.sample(pages, 3)
+                    pick.shuffle(pages)
+                for page in pages:
+                    answer = process.push(*page, cohort_id=cohort).document
+                    assert answer["errors"] == []
+                exported = run("--config", process.ini, "export", "--cohort", cohort).stdout
+                result = run("push", "-", "--cohort", cohort, "--url", f"http://127.0.0.1:{process.port}", "--json",
+                             stdin=exported)
+                summary = json.loads(result.stdout)
+                assert (summary["updated"], summary["unchanged"], summary["rejected"]) == (700, 700, [])
+                assert run("--config", process.ini, "export", "--cohort", cohort).stdout == exported
+                dumps.append(exported)
+        assert dumps[0] == dumps[1]
+
+
+class TestHistory:
+    @pytest.fixture
+    def ini(self, tmp_path: pathlib.Path) -> pathlib.Path:
+        ini = tmp_path / "sis_sync.ini"
+        name = "a-very-long-name-of-an-institution"
+        ini.write_text(ini_of(institutions=f"[institution {name}]\n[institution other]\nsecrets = env:NO\n"))
+        service = sis_sync.Service(sis_sync.load_configuration(str(ini), {"SIS_SYNC_SECRET": SECRET}))
+        handle(service, batch(student(1), student(2), cohort_id="0e0f4a52-6d1f-4f8e-9a77-0d5d3b1c2a10"),
+               peer="2001:db8:1234:5678:9abc:def0:1234:5678")
+        handle(service, batch(student(1), {}, *[None] * 120))
+        service.roster.close()
+        return ini
+
+    def test_it_is_an_aligned_table_of_100_columns_the_latest_first(self, ini: pathlib.Path) -> None:
+        lines = run("--config", ini, "history").stdout.decode().splitlines()
+        assert len(lines) == 3
+        assert lines[0].split() == ["time", "institution", "cohort", "client", "received", "new", "updated",
+                                    "unchanged", "rejected", "ms"]
+        assert {len(line) for line in lines} == {100}
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ a-very", lines[1])
+        assert lines[1].split()[4:9] == ["122", "1", "0", "0", "121"]
+
+    def test_errors_lists_the_rejected_rows(self, ini: pathlib.Path) -> None:
+        lines = run("--config", ini, "history", "--errors", "--limit", "1").stdout.decode().splitlines()
+        assert lines[2:4] == ["    row 2: missing_field: student_id_ext required",
+                              "    row 3: not_an_object: a student must be an object"]
+        assert lines[-1] == "    and 21 more" and len(lines) == 103
+
+    def test_json(self, ini: pathlib.Path) -> None:
+        syncs = json.loads(run("--config", ini, "history", "--json").stdout)
+        assert [(sync["received"], sync["new"], len(sync["errors"])) for sync in syncs] == [(122, 1, 100), (2, 2, 0)]
+        assert list(syncs[0]) == [*sis_sync.HISTORY_COLUMNS, "errors"]
+
+    def test_stale_names_who_has_gone_quiet_for_cron(self, ini: pathlib.Path) -> None:
+        result = run("--config", ini, "history", "--stale", "1")
+        assert (result.returncode, result.stdout.decode()) == (1, "other: last sync never\n")
+        with contextlib.closing(sqlite3.connect(ini.with_name("sis_sync.db"))) as connection:
+            connection.execute("UPDATE syncs SET time = time - 7200")
+            connection.commit()
+        lines = run("--config", ini, "history", "--stale", "1").stdout.decode().splitlines()
+        assert len(lines) == 2 and lines[0].startswith("a-very-long-name-of-an-institution: last sync 20")
+        ini.write_text(ini.read_text().replace("[institution other]\nsecrets = env:NO\n", ""))
+        assert run("--config", ini, "history", "--stale", "3").returncode == 0
+
+
+class TestBackup:
+    def test_it_copies_a_live_database_as_it_is_at_one_moment(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process:
+            ended = threading.Event()
+            pushed = threading.Semaphore(0)
+
+            def keep_pushing() -> None:
+                number = 0
+                while not ended.is_set():
+                    process.push(*map(student, range(50)), cohort_id=str(number))
+                    number += 1
+                    pushed.release()
+
+            thread = threading.Thread(target=keep_pushing)
+            thread.start()
+            copies = [tmp_path / f"copy{number}.db" for number in range(3)]
+            for copy in copies:
+                pushed.acquire()
+                result = run("--config", process.ini, "backup", copy)
+                assert result.returncode == 0, result.stderr
+            ended.set()
+            thread.join()
+            for copy in copies:
+                if os.name == "posix":
+                    assert copy.stat().st_mode & 0o777 == 0o600
+                with contextlib.closing(sqlite3.connect(copy)) as connection:
+                    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                    counts = connection.execute("SELECT count(*) FROM entries GROUP BY roster_id").fetchall()
+                    assert counts and set(counts) == {(50,)}
+                    assert len(counts) == connection.execute("SELECT count(*) FROM syncs").fetchone()[0]
+
+    def test_it_overwrites_nothing(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "sis_sync.ini").write_text(ini_of())
+        sis_sync.Roster(str(tmp_path / "sis_sync.db")).close()
+        (tmp_path / "there.db").write_text("precious")
+        result = run("--config", tmp_path / "sis_sync.ini", "backup", tmp_path / "there.db")
+        assert (result.returncode, b"File exists" in result.stderr) == (2, True)
+        assert (tmp_path / "there.db").read_text() == "precious"
