@@ -40,6 +40,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 import queue
@@ -68,7 +69,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TextIO
 if TYPE_CHECKING:                   # where X | Y may stand outside annotations before Python 3.10
     Address = ipaddress.IPv4Address | ipaddress.IPv6Address
     Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-    Value = str | bool | None
+    Value = str | int | None        # a boolean as 0 or 1
     Record = tuple[Value, ...]      # a row that keeps the rules: its values in the order of FIELDS
     Student = Mapping[str, object]
     Headers = tuple[tuple[str, str], ...]
@@ -88,6 +89,7 @@ class Field(NamedTuple):
     required: bool
     shortest: int                   # characters, counted after stripping
     longest: int
+    spaces: bool                    # whether white space may stand inside
     pattern: Pattern[str] | None
     listed: str                     # the institution's list that a value must be in, if any
     meaning: str
@@ -95,19 +97,19 @@ class Field(NamedTuple):
 
 # RFC 5322 allows far more than a school uses; what matters here is that there is one address, and
 # that it can't be mistaken for two. RFC 5321 section 4.5.3.1.3 is where 254 comes from.
-EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+EMAIL = re.compile(r"[^@]+@[^@]+")
 
-COHORT = Field("cohort_id", str, True, 1, 64, None, "cohorts", "the roster that is pushed")
+COHORT = Field("cohort_id", str, True, 1, 64, True, None, "cohorts", "the roster that is pushed")
 
 # The first field is the one that an entry is known by: it is unique in a batch.
 FIELDS = (
-    Field("student_id_ext", str, True, 1, 255, None, "", "the student's number in the SIS"),
-    Field("email", str, True, 3, 254, EMAIL, "", "one e-mail address"),
-    Field("first_name", str, False, 1, 255, None, "", "given name"),
-    Field("last_name", str, False, 1, 255, None, "", "family name"),
-    Field("program_code", str, False, 1, 255, None, "programs", "the program of study"),
-    Field("campus_name", str, False, 1, 255, None, "campuses", "the campus"),
-    Field("first_in_family", bool, False, 0, 0, None, "", "first of the family to study"),
+    Field("student_id_ext", str, True, 1, 255, True, None, "", "the student's number in the SIS"),
+    Field("email", str, True, 3, 254, False, EMAIL, "", "one e-mail address"),
+    Field("first_name", str, False, 1, 255, True, None, "", "given name"),
+    Field("last_name", str, False, 1, 255, True, None, "", "family name"),
+    Field("program_code", str, False, 1, 255, True, None, "programs", "the program of study"),
+    Field("campus_name", str, False, 1, 255, True, None, "campuses", "the campus"),
+    Field("first_in_family", bool, False, 0, 0, True, None, "", "first of the family to study"),
 )
 KEY = FIELDS[0]
 NAMES = tuple(field.name for field in FIELDS)
@@ -280,7 +282,7 @@ MAX_HEADERS = 100                   # lines
 MAX_CHUNK_LINE = 256                # bytes, extensions included
 MAX_NUMBER = 1000                   # digits; int() takes time in the square of them
 MAX_BUCKETS = 100_000               # clients that the rate limiter remembers: about 20 MB
-PIECE = 64 * 1024                   # bytes read at once; what is promised is never allocated ahead
+PIECE = 256 * 1024                  # bytes read at once, at most; never what a length promises
 BUSY_TIMEOUT = 5.0                  # seconds to wait for the database's lock
 MAX_REFUSED = 100                   # connections told busy that are still being listened to
 REFUSED_SECONDS = 2.0               # how long they are, so that the answer gets through
@@ -606,6 +608,11 @@ WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2
 # Control characters hide in logs and cut strings short in C; half of a surrogate pair passes JSON,
 # and then SQLite can't store it and the whole batch would sink.
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+CONTROL_CHARACTERS = bytes((*range(0x20), 0x7F))
+
+# SQLite has no booleans; as 0 and 1 they also need none of the sqlite3 module's adapters, which
+# take as long as the rest of a row's values together.
+STORED = {None: None, False: 0, True: 1}
 
 
 # RFC 9110 section 8.6: 1*DIGIT. The bound is below the one at which int() refuses by itself.
@@ -745,7 +752,7 @@ def check_value(field: Field, value: object, listed: frozenset[str]) -> Value | 
     if not isinstance(value, field.kind):
         allowed = "a string" if field.kind is str else "true, false or null"
         return Fault(field.name, "invalid_field", f"{field.name} must be {allowed}")
-    return check_string(field, value, listed) if isinstance(value, str) else bool(value)
+    return check_string(field, value, listed) if isinstance(value, str) else STORED[bool(value)]
 
 
 def check_string(field: Field, value: str, listed: frozenset[str]) -> str | Fault:
@@ -755,7 +762,8 @@ def check_string(field: Field, value: str, listed: frozenset[str]) -> str | Faul
                    "a surrogate pair")
     elif not field.shortest <= len(value) <= field.longest:
         message = f"{field.name} must be {field.shortest} to {field.longest} characters"
-    elif field.pattern and not field.pattern.fullmatch(value):
+    elif not (field.spaces or value.split() == [value]) or (
+            field.pattern and not field.pattern.fullmatch(value)):
         message = f"{field.name} must be {field.meaning}: something, one @, something, no white space"
     elif listed and value not in listed:
         return Fault(field.name, LISTS[field.listed],
@@ -791,13 +799,13 @@ def check_batch(parsed: object, institution: Institution, most: int) -> tuple[st
 def check_rows(students: Sequence[object],
                institution: Institution) -> tuple[list[Record], dict[int, Fault]]:
     """The good rows as records, and the first fault of each bad one by its index."""
-    faults: dict[int, Fault] = {
-        index: Fault(None, "not_an_object", "a student must be an object")
-        for index, student in enumerate(students) if not isinstance(student, dict)}
-    rows = [student if isinstance(student, dict) else {} for student in students]
+    faults = {index: Fault(None, "not_an_object", "a student must be an object")
+              for index, student in enumerate(students) if not isinstance(student, dict)}
+    rows: Any = [{} if index in faults else student
+                 for index, student in enumerate(students)] if faults else students
     columns = []
     for field in FIELDS:
-        column, found = check_column(field, [row.get(field.name) for row in rows],
+        column, found = check_column(field, values_of(rows, field.name),
                                      institution.lists.get(field.listed, frozenset()))
         columns.append(column)
         if found:
@@ -806,6 +814,14 @@ def check_rows(students: Sequence[object],
     if faults:
         records = (record for index, record in enumerate(records) if index not in faults)
     return list(records), faults
+
+
+def values_of(rows: Sequence[Mapping[str, object]], name: str) -> list[Any]:
+    """One field of all rows; None where it is left out."""
+    try:
+        return list(map(operator.itemgetter(name), rows))   # half the time of calling get
+    except KeyError:
+        return [row.get(name) for row in rows]
 
 
 def row_errors(faults: Mapping[int, Fault]) -> list[dict[str, object]]:
@@ -839,27 +855,43 @@ def mark_duplicates(checked: list[Value | Fault]) -> None:
 
 def clean_column(field: Field, column: list[Any],
                  listed: frozenset[str]) -> Sequence[Value] | None:
-    """What check_value would make of each value, if none has a fault; None if some may have one.
+    """What check_value would make of each value, if none has a fault; None if one may have.
 
-    A few questions to a whole column, each answered in C, are a third of the cost of asking them
-    of every value: measured on 5,000 rows, 5 ms against 17 ms.
+    Asked of the distinct values of a column, in C, the questions cost a quarter of what they
+    cost value by value: 4 ms and 16 ms for 5,000 rows, where SQLite takes 8 ms to store them.
     """
-    if not set(map(type, column)) <= {field.kind, type(None)}:
-        return None
     if field.kind is bool:
-        return column
-    if FORBIDDEN.search("".join(filter(None, column))):
+        known = set(map(type, column)) <= {bool, type(None)}
+        return list(map(STORED.get, column)) if known else None
+    try:
+        distinct = set(column)
+    except TypeError:                   # an array or an object is among them
         return None
-    values = [value.strip() or None if value else None for value in column]
-    present = list(filter(None, values))
-    lengths = set(map(len, present)) or {field.shortest}
+    if field.required and None in distinct:
+        return None
+    distinct.discard(None)
+    if not set(map(type, distinct)) <= {str} or forbidden_in("".join(distinct)):
+        return None
+    if "" in distinct or list(map(str.strip, distinct)) != list(distinct):
+        stripped = [value.strip() or None if value else None for value in column]
+        return clean_column(field, stripped, listed)
+    lengths = set(map(len, distinct)) or {field.shortest}
     if (field.shortest <= min(lengths) <= max(lengths) <= field.longest
-            and not (field.required and len(present) < len(values))
-            and not (field is KEY and len(set(present)) < len(present))
-            and not (field.pattern and not all(map(field.pattern.fullmatch, present)))
-            and not (listed and not listed.issuperset(present))):
-        return values
+            and not (field is KEY and len(distinct) < len(column))
+            and (field.spaces or len("".join(distinct).split(None, 1)) < 2)
+            and not (field.pattern and not all(map(field.pattern.fullmatch, distinct)))
+            and not (listed and not listed.issuperset(distinct))):
+        return column
     return None
+
+
+def forbidden_in(text: str) -> bool:
+    """FORBIDDEN.search, five times as fast: bytes.translate drops what is in a table of bytes."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:          # half of a surrogate pair
+        return True
+    return len(data.translate(None, CONTROL_CHARACTERS)) < len(data)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -913,15 +945,29 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 VALUES = NAMES[1:]
-ENTRY_COLUMNS = ("roster_id", *NAMES, "created_at", "changed_at", "seen_at")
-# Never INSERT OR REPLACE: that deletes, and created_at with it.
-UPSERT = f"""
-INSERT INTO entries ({", ".join(ENTRY_COLUMNS)}) VALUES ({", ".join("?" * len(ENTRY_COLUMNS))})
+ROWS_AT_ONCE = (999 - 4) // len(FIELDS)     # SQLite before 3.32 takes 999 variables
+KEYS_AT_ONCE = 250                          # a tenth faster than 500 or 995
+
+
+@functools.lru_cache(maxsize=4)
+def upsert(rows: int) -> str:
+    """The statement that stores so many rows; of those known already only what has changed.
+
+    Its variables: roster_id, three times the time, the values of each row. A hundred rows in one
+    statement take little more than half the time of a hundred statements: what is saved is the
+    sqlite3 module's work around each, and binding what is the same in all of them.
+
+    Never INSERT OR REPLACE: that would delete the entry first, and created_at with it.
+    """
+    row = f"({', '.join('?' * len(FIELDS))})"
+    return f"""
+INSERT INTO entries (roster_id, created_at, changed_at, seen_at, {", ".join(NAMES)})
+SELECT ?, ?, ?, ?, sent.* FROM (VALUES {", ".join([row] * rows)}) AS sent WHERE true
 ON CONFLICT (roster_id, {KEY.name}) DO UPDATE SET
     {", ".join(f"{name} = excluded.{name}" for name in VALUES)}, changed_at = excluded.changed_at
 WHERE ({", ".join(VALUES)}) IS NOT ({", ".join(f"excluded.{name}" for name in VALUES)})"""
 
-MAX_VARIABLES = 500                 # in one statement; SQLite before 3.32 takes 999
+
 
 
 class Counts(NamedTuple):
@@ -1024,14 +1070,16 @@ class Roster:
         many rows the upsert then had to write.
         """
         # In key order, neighbours in the file are written together.
-        records.sort(key=lambda record: str(record[0]))
+        records.sort(key=operator.itemgetter(0))
         now = int(time.time())
         with self.transaction() as connection:
             roster_id = roster_of(connection, request.institution, cohort_id)
             known = mark_seen(connection, roster_id, [record[0] for record in records], now)
             before = connection.total_changes
-            connection.executemany(UPSERT, ((roster_id, *record, now, now, now)
-                                            for record in records))
+            for start in range(0, len(records), ROWS_AT_ONCE):
+                some = records[start:start + ROWS_AT_ONCE]
+                connection.execute(upsert(len(some)), [roster_id, now, now, now,
+                                                       *itertools.chain.from_iterable(some)])
             written = connection.total_changes - before
             new = len(records) - known
             counts = Counts(len(records) + len(errors), new, known, known - (written - new),
@@ -1152,8 +1200,8 @@ def roster_of(connection: sqlite3.Connection, institution: str, cohort_id: str) 
 def mark_seen(connection: sqlite3.Connection, roster_id: int, keys: list[Value], now: int) -> int:
     """Note that a sync named these entries. How many of them there are."""
     known = 0
-    for start in range(0, len(keys), MAX_VARIABLES):
-        some = keys[start:start + MAX_VARIABLES]
+    for start in range(0, len(keys), KEYS_AT_ONCE):
+        some = keys[start:start + KEYS_AT_ONCE]
         known += connection.execute(
             f"UPDATE entries SET seen_at = ? WHERE roster_id = ? AND {KEY.name} IN "
             f"({', '.join('?' * len(some))})", (now, roster_id, *some)).rowcount
@@ -1380,7 +1428,8 @@ def schema_of(field: Field) -> dict[str, object]:
     if field.required:
         schema["minLength"] = field.shortest
     if field.pattern:
-        schema["pattern"] = f"^{field.pattern.pattern}$"
+        no_spaces = "" if field.spaces else r"(?!.*\s)"
+        schema["pattern"] = f"^{no_spaces}{field.pattern.pattern}$"
     return schema
 
 

@@ -59,6 +59,16 @@ SYNC = sis_sync.SYNC_PATH
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX") if pytest else lambda test: test
 FAST = "requests_per_minute = 100000\n"
 
+# Temporary files in memory where there is such a place: hundreds of little databases, each synced
+# to its disk, would only measure that disk. `bench` does measure it, and chooses its own.
+if os.access("/dev/shm", os.W_OK):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+
+# The command line. With -m, Python keeps the compiled module between the hundred-odd runs.
+COMMAND = (sys.executable, "-m", "sis_sync")
+ENVIRONMENT = {**os.environ, "SIS_SYNC_SECRET": SECRET, "SIS_SYNC_CONFIG": "", "PYTHONPATH": str(HERE),
+               "PYTHONDONTWRITEBYTECODE": ""}
+
 
 # ---------------------------------------------------------------------------------------------
 # Tools
@@ -145,9 +155,8 @@ class Process:
         self.ini = folder / "sis_sync.ini"
         if ini:
             self.ini.write_text(ini, encoding="utf-8")
-        self.environment = {**os.environ, "SIS_SYNC_SECRET": SECRET, "SIS_SYNC_CONFIG": "",
-                            **environment}
-        self.words = (sys.executable, str(MODULE), *(("--config", str(self.ini)) if ini else ()),
+        self.environment = {**ENVIRONMENT, **environment}
+        self.words = (*COMMAND, *(("--config", str(self.ini)) if ini else ()),
                       *words)
         self.popen = popen
         self.log: list[str] = []
@@ -248,10 +257,11 @@ def faults_of(folder: pathlib.Path, text: str) -> list[str]:
 def run(*words: Any, stdin: str | bytes = b"", environment: Mapping[str, str] = {},
         **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The command line, as a process."""
+    module = options.pop("module", None)
     return subprocess.run(
-        [sys.executable, str(options.pop("module", MODULE)), *map(str, words)],
+        [*((sys.executable, str(module)) if module else COMMAND), *map(str, words)],
         input=stdin.encode() if isinstance(stdin, str) else stdin, capture_output=True, timeout=60,
-        env={**os.environ, "SIS_SYNC_SECRET": SECRET, "SIS_SYNC_CONFIG": "", **environment}, **options)
+        env={**ENVIRONMENT, **environment}, **options)
 
 
 if pytest:
@@ -347,7 +357,7 @@ def test_a_new_field_is_one_line_and_arrives_everywhere(tmp_path: pathlib.Path) 
     source = MODULE.read_text("utf-8")
     assert source.count(line) == 1
     (tmp_path / "grown.py").write_text(source.replace(
-        line, 'Field("study_mode", str, False, 1, 9, None, "", "how they study"),\n    ' + line), "utf-8")
+        line, 'Field("study_mode", str, False, 1, 9, True, None, "", "how they study"),\n    ' + line), "utf-8")
     database = tmp_path / "sis_sync.db"
     sis_sync.Roster(str(database)).close()          # made before the field was there
     spec = importlib.util.spec_from_file_location("grown", tmp_path / "grown.py")
@@ -1952,7 +1962,7 @@ class TestDatabase:
     def test_a_read_only_database_is_refused_at_start(self, tmp_path: pathlib.Path) -> None:
         (tmp_path / "sis_sync.ini").write_text(ini_of())
         sis_sync.Roster(str(tmp_path / "sis_sync.db")).close()
-        words: list[Any] = [sys.executable, MODULE, "--config", tmp_path / "sis_sync.ini"]
+        words: list[Any] = [*COMMAND, "--config", tmp_path / "sis_sync.ini"]
         if os.geteuid() == 0:       # root may write everything, unless it is told not to
             if not shutil.which("setpriv"):
                 pytest.skip("needs setpriv")
@@ -1961,7 +1971,7 @@ class TestDatabase:
             before = path.stat().st_mode
             path.chmod(mode)
             try:
-                result = subprocess.run(words, capture_output=True, text=True, timeout=20)
+                result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=20)
             finally:
                 path.chmod(before)
             assert result.returncode == 2
@@ -2047,15 +2057,15 @@ class TestCommands:
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
     def test_a_stdout_that_fails_is_no_traceback(self, tmp_path: pathlib.Path) -> None:
-        words = [sys.executable, str(MODULE), "secret"]
+        words = [*COMMAND, "secret"]
         with open("/dev/full", "w") as full:
-            result = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20)
+            result = subprocess.run(words, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20)
         assert (result.returncode, "No space left" in result.stderr) == (2, True)
         assert "Traceback" not in result.stderr and "Exception" not in result.stderr
         reading, writing = os.pipe()
         os.close(reading)
         with open(writing, "w") as closed:
-            result = subprocess.run(words, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=20)
+            result = subprocess.run(words, env=ENVIRONMENT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=20)
         assert (result.returncode, "Exception" in result.stderr) == (0, False)
 
     def test_check_says_all_that_is_wrong_and_changes_nothing(self, tmp_path: pathlib.Path) -> None:
@@ -2086,7 +2096,7 @@ class TestCommands:
 
     @posix
     def test_demo_serves_until_ctrl_c(self) -> None:
-        process = subprocess.Popen([sys.executable, MODULE, "demo"], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*COMMAND, "demo"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         assert process.stdout
         lines = iter(process.stdout)
         url = next(match for line in lines if (match := re.search(r"curl http://127.0.0.1:(\d+)", line)))
@@ -2109,12 +2119,12 @@ class TestCommands:
     def test_a_start_tells_where_it_listens_and_who_has_a_secret(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of(institutions=(
                 "[institution a]\n[institution b]\nsecrets = env:NOT_SET\n"))) as process:
-            process.wait_for("institution b: no secret set")
+            process.wait_for(r"warning: \[institution b\] secrets: env:NOT_SET is missing, empty")
             log = "\n".join(process.log)
         assert "institution a: 1 secret set" in log
         assert f"database: {process.database}" in log
         assert f"configuration: {process.ini}" in log
-        assert "warning: [institution b] secrets: env:NOT_SET is missing, empty" in log
+        assert "institution b: no secret set" in log
 
 
 def csv_of(students: Sequence[Mapping[str, Any]], columns: Sequence[str] = sis_sync.NAMES,
@@ -2346,7 +2356,7 @@ class TestPush:
     def test_a_server_killed_and_restarted_midway_does_no_harm(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of()) as process:
             process.ini.write_text(ini_of(f"port = {process.port}").replace("port = 0\n", ""))
-            words = [sys.executable, MODULE, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
+            words = [*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
                      "--cohort", "2026", "--batch", "100"]
             pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                        env=process.environment, encoding="utf-8")
@@ -2368,7 +2378,7 @@ class TestPush:
     def test_a_secret_rotated_midway_stops_the_push_and_says_how_far_it_came(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of(limits="requests_per_minute = 60"),
                      environment={"NEXT": OTHER_SECRET}) as process:
-            words = [sys.executable, MODULE, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
+            words = [*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
                      "--cohort", "2026", "--batch", "10"]
             pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                        env=process.environment, encoding="utf-8")
@@ -2390,7 +2400,7 @@ class TestPush:
     @posix
     def test_ctrl_c_ends_at_a_page_s_border_with_the_summary_so_far(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of(limits="requests_per_minute = 20")) as process:
-            words = [sys.executable, MODULE, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
+            words = [*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
                      "--cohort", "2026", "--batch", "10", "--json"]
             pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                        env=process.environment, encoding="utf-8")
@@ -2715,3 +2725,186 @@ class TestBackup:
         result = run("--config", tmp_path / "sis_sync.ini", "backup", tmp_path / "there.db")
         assert (result.returncode, b"File exists" in result.stderr) == (2, True)
         assert (tmp_path / "there.db").read_text() == "precious"
+
+
+# ---------------------------------------------------------------------------------------------
+# Section 8: speed and cost, by hand: make bench
+# ---------------------------------------------------------------------------------------------
+
+class Benchmark:
+    """Rounds of floor and requests in turn, so that a machine that slows down slows all of them."""
+
+    SIZE = 5000
+
+    def __init__(self, folder: pathlib.Path, stored: int) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.round = 0
+        self.floor = self.make_floor(folder / "floor")
+        self.servers = {"": self.make_server(folder / "empty", 0)}
+        if stored:
+            self.servers[f", {stored:,} stored"] = self.make_server(folder / "stored", stored)
+
+    @staticmethod
+    def make_floor(folder: pathlib.Path) -> sqlite3.Connection:
+        """A database just like the server's, with nothing in front of it."""
+        folder.mkdir()
+        path = folder / "floor.db"
+        sis_sync.Roster(str(path)).close()
+        return sis_sync.open_database(str(path), "rw")
+
+    def make_server(self, folder: pathlib.Path, stored: int) -> Process:
+        folder.mkdir()
+        path = folder / "sis_sync.db"
+        sis_sync.Roster(str(path)).close()
+        with contextlib.closing(sis_sync.open_database(str(path), "rw")) as connection:
+            connection.execute("PRAGMA synchronous = OFF")
+            for first in range(0, stored, 100_000):
+                connection.execute("BEGIN")
+                roster = sis_sync.roster_of(connection, "other", str(first))
+                students = self.students(f"S{first}", min(100_000, stored - first))
+                connection.executemany(sis_sync.upsert(1), (
+                    (roster, 1, 1, 1, *student.values()) for student in students))
+                connection.execute("COMMIT")
+                if first % 1_000_000 == 0 and sys.stderr.isatty():
+                    print(f"\rfilling the database: {first:,} of {stored:,}", end="", file=sys.stderr)
+        process = Process(folder, ini_of(limits="requests_per_minute = 100000"))
+        process.rest = memory_of(process) if linux_proc() else 0.0     # type: ignore[attr-defined]
+        return process
+
+    @staticmethod
+    def students(prefix: str, number: int) -> list[dict[str, Any]]:
+        return [{"student_id_ext": f"{prefix}-{index:06}",
+                 "email": f"alex.connor{index}@student.example.edu.au", "first_name": f"Alex{index % 500}",
+                 "last_name": f"Connor{index % 700}", "program_code": "BUSI",
+                 "campus_name": "Sunshine Coast", "first_in_family": index % 3 == 0} for index in range(number)]
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def push(self, process: Process, data: bytes) -> bytes:
+        with process.connect() as connection:
+            connection.sendall(data)
+            return read_to_end(connection)
+
+    def one_round(self) -> None:
+        self.round += 1
+        students = self.students(f"R{self.round}", self.SIZE)
+        body = json.dumps(batch(*students)).encode()
+        for student in random.Random(self.round).sample(students, self.SIZE // 10):
+            student["program_code"] = "NURS"
+        new, changed = request_of(body), request_of(batch(*students))
+        with self.timed("floor: json.loads and executemany"):
+            self.run_floor(body)
+        for suffix, process in self.servers.items():
+            for name, data, expected in (("import of new students", new, b'"imported": 5000, "updated": 0'),
+                                         ("identical re-send", new, b'"unchanged": 5000'),
+                                         ("re-send, 10 % changed", changed, b'"unchanged": 4500')):
+                with self.timed(name + suffix):
+                    answer = self.push(process, data)
+                assert expected in answer, answer
+
+    # The upsert as anybody would write it, a row a statement.
+    UPSERT = (f"INSERT INTO entries (roster_id, {', '.join(sis_sync.NAMES)}, created_at, changed_at, seen_at) "
+              f"VALUES ({', '.join('?' * (len(sis_sync.NAMES) + 4))}) "
+              + sis_sync.upsert(1).partition("WHERE true")[2])
+
+    def run_floor(self, body: bytes) -> None:
+        students, now = json.loads(body)["students"], int(time.time())
+        self.floor.execute("BEGIN IMMEDIATE")
+        self.floor.executemany(self.UPSERT, (
+            (1, *map(student.get, sis_sync.NAMES), now, now, now) for student in students))
+        self.floor.execute("COMMIT")
+
+    def eight_at_once(self, rounds: int) -> None:
+        """Each of eight clients pushes 5,000 new students; a round is over when all have their answer."""
+        for _ in range(rounds):
+            self.round += 1
+            datas = [request_of(batch(*self.students(f"C{self.round}-{client}", self.SIZE))) for client in range(8)]
+            answers: list[bytes] = []
+            threads = [threading.Thread(target=lambda data=data: answers.append(self.push(self.servers[""], data)))
+                       for data in datas]
+            with self.timed("8 clients at once, 5,000 each"):
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            assert all(b'"imported": 5000, "updated": 0' in answer for answer in answers) and len(answers) == 8
+
+    def small_requests(self, number: int) -> float:
+        """401s a second, a connection each, one after the other."""
+        data = head_of(secret="wrong", Content_Length=0)
+        start = time.perf_counter()
+        for _ in range(number):
+            assert b" 401 " in self.push(self.servers[""], data)
+        return number / (time.perf_counter() - start)
+
+
+def linux_proc() -> bool:
+    return os.path.exists("/proc/self/status")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    database = pathlib.Path(sis_sync.load_configuration().settings["database"])
+    with tempfile.TemporaryDirectory(prefix="sis_sync-bench-", dir=database.parent) as folder:
+        benchmark = Benchmark(pathlib.Path(folder), arguments.stored)
+        benchmark.one_round()           # to warm up
+        benchmark.seconds.clear()
+        for _ in range(arguments.rounds):
+            benchmark.one_round()
+        benchmark.eight_at_once(max(3, arguments.rounds // 4))
+        small = benchmark.small_requests(300)
+        process = benchmark.servers[""]
+        memory = {"at rest": process.rest,      # type: ignore[attr-defined]
+                  "peak": memory_of(process, "VmHWM")} if linux_proc() else {}
+        for server in benchmark.servers.values():
+            server.stop()
+        benchmark.floor.close()
+    print_bench(benchmark.seconds, small, memory, arguments.json)
+    return 0
+
+
+def print_bench(seconds: Mapping[str, Sequence[float]], small: float, memory: Mapping[str, float],
+                as_json: bool) -> None:
+    floor = next(iter(seconds.values()))
+    rows = []
+    for name, values in seconds.items():
+        students = 40_000 if name.startswith("8 ") else 5000
+        # The ratio is the median of the rounds' own ratios: a machine that slows down for some
+        # rounds slows the floor of these rounds, too.
+        floors = floor if len(values) == len(floor) else [statistics.median(floor)] * len(values)
+        rows.append({"name": name, "median_ms": 1000 * statistics.median(values), "minimum_ms": 1000 * min(values),
+                     "maximum_ms": 1000 * max(values), "students_per_second": students / statistics.median(values),
+                     "ratio_to_floor": statistics.median(
+                         value / students * 5000 / base for value, base in zip(values, floors))})
+    if as_json:
+        print(json.dumps({"python": sys.version.split()[0], "sqlite": sqlite3.sqlite_version, "rows": rows,
+                          "small_requests_per_second": small, "memory_mb": memory}))
+        return
+    print(f"CPython {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, batches of 5,000 students\n")
+    print(f"{'':<48}{'median':>9}{'min':>8}{'max':>8}{'students/s':>12}{'x floor':>9}")
+    for row in rows:
+        print(f"{row['name']:<48}{row['median_ms']:>6.1f} ms{row['minimum_ms']:>8.1f}{row['maximum_ms']:>8.1f}"
+              f"{row['students_per_second']:>12,.0f}{row['ratio_to_floor']:>9.2f}")
+    print(f"\n401s a second, a connection each: {small:,.0f}")
+    if memory:
+        print("memory: " + ", ".join(f"{value:.0f} MB {name}" for name, value in memory.items()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What is measured by hand.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("bench", help="speed, as ratios to the floor")
+    command.add_argument("--rounds", type=int, default=21)
+    command.add_argument("--stored", type=int, default=0, metavar="N",
+                         help="also against a database that holds N students of other batches")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=bench)
+    arguments = parser.parse_args()
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
