@@ -14,14 +14,15 @@ demo:   ## the whole of it on made-up data, in a throw-away database
 	$(PYTHON) sis_sync.py demo
 
 # An installed pytest if there is one; else one in .venv, fetched once.
-test:   ## the tests
-	@if $(PYTHON) -c 'import pytest' 2>/dev/null; then runner="$(PYTHON)"; else \
+RUNNER = if $(PYTHON) -c 'import pytest' 2>/dev/null; then runner="$(PYTHON)"; else \
 	  test -x .venv/bin/pytest || { $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet pytest; } || exit 1; \
-	  runner=.venv/bin/python; \
-	fi; exec $$runner -m pytest -q test_sis_sync.py
+	  runner=.venv/bin/python; fi; exec $$runner
+
+test:   ## the tests
+	@$(RUNNER) -m pytest -q test_sis_sync.py
 
 bench:  ## the speed of this machine, as ratios to the floor
-	$(PYTHON) test_sis_sync.py bench
+	@$(RUNNER) test_sis_sync.py bench
 
 clean:  ## remove what the others made, but no database
 	rm -rf .venv __pycache__ .pytest_cache .mypy_cache .ruff_cache

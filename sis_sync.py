@@ -4,10 +4,12 @@
 A student information system (SIS) pushes its students; the server proves who is calling, checks
 every row and keeps the good ones, so that the same push can be repeated for ever without harm.
 
-    $ SIS_SYNC_SECRET=$(python3 sis_sync.py secret) python3 sis_sync.py
+    $ export SIS_SYNC_SECRET=$(python3 sis_sync.py secret | head -n 1)
+    $ python3 sis_sync.py &
 
     $ curl http://127.0.0.1:8080/api/sis/sync -H "Authorization: Bearer $SIS_SYNC_SECRET" \\
-        --json '{"cohort_id": "2026", "students": [{"student_id_ext": "U1", "email": "a@b.edu"}]}'
+        -H "Content-Type: application/json" \\
+        -d '{"cohort_id": "2026", "students": [{"student_id_ext": "U1", "email": "a@b.edu"}]}'
     {"received": 1, "imported": 1, "details": {"imported": 1, "updated": 0, "unchanged": 0}, ...}
 
 Limits, each of them a setting: 5,000 students and 8 MiB a request, 20 requests a minute for each
@@ -104,7 +106,8 @@ COHORT = Field("cohort_id", str, True, 1, 64, True, None, "cohorts", "the roster
 # The first field is the one that an entry is known by: it is unique in a batch.
 FIELDS = (
     Field("student_id_ext", str, True, 1, 255, True, None, "", "the student's number in the SIS"),
-    Field("email", str, True, 3, 254, False, EMAIL, "", "one e-mail address"),
+    Field("email", str, True, 3, 254, False, EMAIL, "",
+          "an e-mail address: something, one @, something, no white space"),
     Field("first_name", str, False, 1, 255, True, None, "", "given name"),
     Field("last_name", str, False, 1, 255, True, None, "", "family name"),
     Field("program_code", str, False, 1, 255, True, None, "programs", "the program of study"),
@@ -610,8 +613,8 @@ WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 CONTROL_CHARACTERS = bytes((*range(0x20), 0x7F))
 
-# SQLite has no booleans; as 0 and 1 they also need none of the sqlite3 module's adapters, which
-# take as long as the rest of a row's values together.
+# SQLite has no booleans. A bool given to the sqlite3 module goes by way of its adapters, which
+# makes storing a row a quarter slower.
 STORED = {None: None, False: 0, True: 1}
 
 
@@ -764,7 +767,7 @@ def check_string(field: Field, value: str, listed: frozenset[str]) -> str | Faul
         message = f"{field.name} must be {field.shortest} to {field.longest} characters"
     elif not (field.spaces or value.split() == [value]) or (
             field.pattern and not field.pattern.fullmatch(value)):
-        message = f"{field.name} must be {field.meaning}: something, one @, something, no white space"
+        message = f"{field.name} must be {field.meaning}"
     elif listed and value not in listed:
         return Fault(field.name, LISTS[field.listed],
                      f"{field.name} is not in the institution's list of {field.listed}")
@@ -801,11 +804,10 @@ def check_rows(students: Sequence[object],
     """The good rows as records, and the first fault of each bad one by its index."""
     faults = {index: Fault(None, "not_an_object", "a student must be an object")
               for index, student in enumerate(students) if not isinstance(student, dict)}
-    rows: Any = [{} if index in faults else student
-                 for index, student in enumerate(students)] if faults else students
+    rows: Any = [{} if index in faults else student for index, student in enumerate(students)]
     columns = []
     for field in FIELDS:
-        column, found = check_column(field, values_of(rows, field.name),
+        column, found = check_column(field, [row.get(field.name) for row in rows],
                                      institution.lists.get(field.listed, frozenset()))
         columns.append(column)
         if found:
@@ -814,14 +816,6 @@ def check_rows(students: Sequence[object],
     if faults:
         records = (record for index, record in enumerate(records) if index not in faults)
     return list(records), faults
-
-
-def values_of(rows: Sequence[Mapping[str, object]], name: str) -> list[Any]:
-    """One field of all rows; None where it is left out."""
-    try:
-        return list(map(operator.itemgetter(name), rows))   # half the time of calling get
-    except KeyError:
-        return [row.get(name) for row in rows]
 
 
 def row_errors(faults: Mapping[int, Fault]) -> list[dict[str, object]]:
@@ -1011,7 +1005,7 @@ class Roster:
         if not self._connection or self._replaced():
             self._disconnect()
             identity = file_identity(self.path)
-            connection = open_database(self.path, "rw")
+            connection = open_database(self.path)
             try:
                 prepare(connection, self.path)
             except BaseException:
@@ -1098,7 +1092,7 @@ class Roster:
             if self._replaced():
                 with self._lock:
                     self._connected()
-            with contextlib.closing(open_database(self.path, "rw")) as connection:
+            with contextlib.closing(open_database(self.path, read_only=True)) as connection:
                 connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
                 return True
         except (sqlite3.Error, OSError):
@@ -1122,11 +1116,15 @@ def busy() -> Refusal:
     return Refusal("busy", "the database is locked: try again", retry_after=BUSY_RETRY_AFTER)
 
 
-def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """mode: ro or rw. Never creates a file, as a mistyped path would. Raises sqlite3.Error."""
-    connection = sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode={mode}", uri=True,
+def open_database(path: str, read_only: bool = False) -> sqlite3.Connection:
+    """Never creates a file, as a mistyped path would. Raises sqlite3.Error."""
+    # Also a reader opens for writing, and then forgoes it: the last one to close a database takes
+    # its -wal and -shm away, which SQLite's mode=ro would leave behind, owned by whoever read.
+    connection = sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=rw", uri=True,
                                  timeout=BUSY_TIMEOUT, isolation_level=None,
                                  check_same_thread=False)
+    if read_only:
+        connection.execute("PRAGMA query_only = ON")
     # FULL: the WAL is on the disk before a transaction counts as done, power cut or not.
     connection.execute("PRAGMA synchronous = FULL")
     return connection
@@ -2039,6 +2037,7 @@ class Summary:
     """What a push has come to so far."""
 
     sent: int = 0
+    set_aside: int = 0              # rejected before they were sent
     new: int = 0
     updated: int = 0
     unchanged: int = 0
@@ -2063,7 +2062,9 @@ class Summary:
         """Take note of the rows that the file itself spoilt; the others are left to be sent."""
         self.rejected += [Rejected(row.line, *row.student) for row in page
                           if isinstance(row.student, Fault)]
-        return [row for row in page if not isinstance(row.student, Fault)]
+        good = [row for row in page if not isinstance(row.student, Fault)]
+        self.set_aside += len(page) - len(good)
+        return good
 
     def reject(self, page: Sequence[Row], errors: Iterable[Mapping[str, Any]]) -> None:
         """Raises LookupError, TypeError or ValueError for what are no errors of this page."""
@@ -2085,18 +2086,19 @@ class Progress:
 
     def show(self, summary: Summary, waiting: str = "") -> None:
         total = f" of {self.total:,}" if self.total is not None else ""
-        rate = summary.sent / max(summary.seconds, 0.001)
-        text = f"{summary.sent:,}{total} students"
-        if summary.sent:
+        done = summary.sent + summary.set_aside
+        rate = done / max(summary.seconds, 0.001)
+        text = f"{done:,}{total} students"
+        if done:
             text += f", {rate:,.0f}/s"
-        if self.total and summary.sent:
-            left = max(0, self.total - summary.sent) / rate
-            text += f", {left // 60:.0f}:{left % 60:02.0f} left"
+        if self.total and done:
+            left = math.ceil(max(0, self.total - done) / rate)
+            text += f", {left // 60}:{left % 60:02} left"
         if waiting:
             text += f", {waiting}"
         if self.bar:
-            done = min(20, 20 * summary.sent // (self.total or 1)) if self.total else 0
-            text = f"\r\x1b[K{self.indent}[{'#' * done:<20}] {text}"
+            share = min(20, 20 * done // self.total) if self.total else 0
+            text = f"\r\x1b[K{self.indent}[{'#' * share:<20}] {text}"
         else:
             text = f"{self.indent}{text}\n"
         self.stream.write(text)
@@ -2473,21 +2475,35 @@ def command_serve(arguments: Arguments) -> int:
     configuration = configured(arguments)
     service = Service(configuration)
     with listening(service) as server:
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):           # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), lambda number, frame: signals.put(number))
+        signals = incoming_signals()
         for line in describe_service(service, server.url):
             log.info("%s", line)
         while next_signal(signals) == getattr(signal, "SIGHUP", None):
             reload(service, arguments)
         log.info("stopping; a second signal stops at once")
-        for name in ("SIGTERM", "SIGINT"):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
         server.leave(SHUTDOWN_TIMEOUT)
     service.roster.close()
     log.info("stopped")
     return 0
+
+
+def incoming_signals() -> queue.SimpleQueue[int]:
+    """SIGTERM, SIGINT and SIGHUP as they come. A second one to stop has its usual effect: the end.
+
+    Nothing else is done where a signal strikes, as that may be in the middle of anything.
+    """
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def receive(number: int, frame: object) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signals.put(number)
+
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):           # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), receive)
+    return signals
 
 
 def next_signal(signals: queue.SimpleQueue[int]) -> int:
@@ -2593,7 +2609,7 @@ def check_database(path: str) -> list[str]:
     if not os.access(path, os.R_OK | os.W_OK):
         return [f"{path}: must be readable and writable"]
     try:
-        with contextlib.closing(open_database(path, "ro")) as connection:
+        with contextlib.closing(open_database(path, read_only=True)) as connection:
             schema_version(connection)
             found = [row[0] for row in connection.execute("PRAGMA quick_check")]
     except sqlite3.Error as error:
@@ -2734,7 +2750,7 @@ def reading(arguments: Arguments) -> Iterator[tuple[sqlite3.Connection, str]]:
     path = configured(arguments).settings["database"]
     if not os.path.exists(path):
         raise CommandError(f"{path}: there is no database yet; the server makes it at its start")
-    with contextlib.closing(open_database(path, "ro")) as connection:
+    with contextlib.closing(open_database(path, read_only=True)) as connection:
         schema_version(connection)
         yield connection, path
 
@@ -2743,8 +2759,9 @@ def reading(arguments: Arguments) -> Iterator[tuple[sqlite3.Connection, str]]:
 def writing(path: str | None) -> Iterator[TextIO]:
     """A new file that only its owner can read, or stdout; line ends are left to csv."""
     if path is None:
-        with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
-            yield file
+        file = io.TextIOWrapper(sys.stdout.buffer, "utf-8", newline="")
+        yield file
+        file.detach()               # with what is left in it written, and stdout not closed
         return
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -2752,8 +2769,8 @@ def writing(path: str | None) -> Iterator[TextIO]:
         raise CommandError(f"{path}: {error.strerror}") from None
     if hasattr(os, "fchmod"):       # the file may have been there; Windows has no modes
         os.fchmod(descriptor, 0o600)
-    with open(descriptor, "w", encoding="utf-8", newline="") as file:
-        yield file
+    with open(descriptor, "w", encoding="utf-8", newline="") as output:
+        yield output
 
 
 def find_roster(connection: sqlite3.Connection, arguments: Arguments) -> int:
@@ -2868,7 +2885,7 @@ def command_backup(arguments: Arguments) -> int:
         except OSError as error:
             raise CommandError(f"{arguments.file}: {error.strerror}") from None
         try:
-            with contextlib.closing(open_database(arguments.file, "rw")) as target:
+            with contextlib.closing(open_database(arguments.file)) as target:
                 source.backup(target)
         except BaseException:
             os.remove(arguments.file)
@@ -2905,11 +2922,11 @@ def command_demo(arguments: Arguments) -> int:
                   f"    -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' "
                   '\\\n    -d \'{"cohort_id": "2026", "students": [{"student_id_ext": "U1", '
                   '"email": "a@example.edu"}]}\'')
-            if not arguments.once:
-                print("\nThe server runs until you press Ctrl-C.", flush=True)
-                with contextlib.suppress(KeyboardInterrupt):
-                    while True:
-                        time.sleep(3600)
+            with contextlib.suppress(KeyboardInterrupt):
+                if not arguments.once:
+                    print("\nThe server runs until you press Ctrl-C.", flush=True)
+                while not arguments.once:
+                    time.sleep(3600)
             server.leave(SHUTDOWN_TIMEOUT)
         service.roster.close()
         for handler in log.handlers:
