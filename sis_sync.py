@@ -266,7 +266,7 @@ SETTINGS = (
     Setting("limits", "request_timeout", "30", whole_number(1, 3600),
             "Seconds for a whole request to arrive, and again for its answer to be read."),
     Setting("institution", "secrets", "env:SIS_SYNC_SECRET", SECRETS,
-            "Where its secrets are: env:NAME, file:PATH, sha256:HEX. Several while one is rotated."),
+            "Where its secrets are: env:NAME, file:PATH, sha256:HEX. Several for a rotation."),
     Setting("institution", "cohorts", "", NAMES_LIST,
             "The cohort_id values it may push. Empty: any."),
     Setting("institution", "programs", "", NAMES_LIST,
@@ -301,7 +301,7 @@ HISTORY_ERRORS = 100                # row errors kept of each sync
 # ---------------------------------------------------------------------------------------------
 
 class Refusal(Exception):
-    """A request turned down with one of ERRORS; Response.of makes the answer from it.
+    """A request turned down with one of ERRORS; Response.of_refusal makes the answer.
 
     detail: words for a person, the table's if left out; never a secret or a student's data.
     status: where a code has two. headers: of the answer. carries: what its row says.
@@ -370,18 +370,36 @@ def load_configuration(path: str | None = None,
     """
     named = path or environment.get("SIS_SYNC_CONFIG")
     file = pathlib.Path(named).absolute() if named else DEFAULT_FILE
+    there = bool(named) or file.exists()
     faults: list[str] = []
     warnings: list[str] = []
-    sections = read_ini(file, faults) if named or file.exists() else {}
+    sections = read_ini(file, faults) if there else {}
     sections.setdefault("server", {}).update(overrides)
     settings: dict[str, Any] = {}
-    institutions: list[Institution] = []
     for section in ("server", "limits"):
         settings.update(read_section(section, section, sections.pop(section, {}), faults))
     for key in ("database", "tls_certificate", "tls_key"):
         settings[key] = settings.get(key) and str(file.parent / settings[key])
+    institutions = tuple(read_institutions(sections, file.parent, environment, faults, warnings))
+    faults += shared_secrets(institutions)
+    tls = load_tls(settings, faults)
+    if faults:
+        raise CommandError(*(f"{file}: {fault}" for fault in faults))
+    if not tls and not ipaddress.ip_address(settings["host"]).is_loopback:
+        warnings.append(f"[server] host: {settings['host']} is not this machine alone and there is "
+                        "no TLS: set tls_certificate, or put a proxy that has it in front")
+    if not any(institution.digests for institution in institutions):
+        warnings.append("no institution has a secret set: every push will be answered 503")
+    return Configuration(settings, institutions, tls, tuple(warnings),
+                         str(file) if there else "defaults, as there is no file")
+
+
+def read_institutions(sections: Mapping[str, Mapping[str, str]], folder: pathlib.Path,
+                      environment: Mapping[str, str], faults: list[str],
+                      warnings: list[str]) -> Iterator[Institution]:
+    """The institutions of the sections that are left; `default` if there is none."""
     if not any(map(INSTITUTION.fullmatch, sections)):
-        sections["institution default"] = {}
+        sections = {**sections, "institution default": {}}
     for section, keys in sections.items():
         match = INSTITUTION.fullmatch(section)
         if not match:
@@ -390,21 +408,9 @@ def load_configuration(path: str | None = None,
                           + nearest(section, ["server", "limits", "institution"]))
             continue
         values = read_section(section, "institution", keys, faults)
-        institutions.append(Institution(
-            match[1], read_digests(section, values.get("secrets", ()), file.parent, environment,
-                                   warnings),
-            {key: values.get(key, frozenset()) for key in LISTS}, values.get("bad_rows", "skip")))
-    faults += shared_secrets(institutions)
-    tls = load_tls(settings, faults)
-    if faults:
-        raise CommandError(*(f"{file}: {fault}" for fault in faults))
-    if not any(institution.digests for institution in institutions):
-        warnings.append("no institution has a secret set: every push will be answered 503")
-    if not tls and not ipaddress.ip_address(settings["host"]).is_loopback:
-        warnings.append(f"[server] host: {settings['host']} is not this machine alone and there is "
-                        "no TLS: set tls_certificate, or put a proxy that has it in front")
-    return Configuration(settings, tuple(institutions), tls, tuple(warnings),
-                         str(file) if named or file.exists() else "defaults, as there is no file")
+        digests = read_digests(section, values.get("secrets", ()), folder, environment, warnings)
+        lists = {key: values.get(key, frozenset()) for key in LISTS}
+        yield Institution(match[1], digests, lists, values.get("bad_rows", "skip"))
 
 
 def read_ini(file: pathlib.Path, faults: list[str]) -> dict[str, dict[str, str]]:
@@ -434,7 +440,7 @@ def read_ini(file: pathlib.Path, faults: list[str]) -> dict[str, dict[str, str]]
 
 def read_section(section: str, table: str, found: Mapping[str, str],
                  faults: list[str]) -> dict[str, Any]:
-    """The values of one section as SETTINGS says, defaults filled in. Faults are added, not raised."""
+    """The values of one section as SETTINGS says, defaults filled in; faults are added."""
     known = {setting.key: setting for setting in SETTINGS if setting.section == table}
     faults += [f"[{section}] {key}: unknown key" + nearest(key, known)
                for key in found if key not in known]
@@ -465,8 +471,9 @@ def read_digests(section: str, sources: Iterable[str], folder: pathlib.Path,
             digests.append(bytes.fromhex(name))
             continue
         try:
-            secret = (environment.get(name, "").encode("utf-8", "surrogateescape")
-                      if scheme == "env" else (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8)).strip()
+            # Notepad writes a BOM, which no client will send.
+            secret = (os.fsencode(environment.get(name, "")) if scheme == "env"
+                      else (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8)).strip()
         except OSError:
             secret = b""
         if not secret:
@@ -522,7 +529,7 @@ def institution_of(authorization: str,
     is not ASCII, which any stranger could send.
     """
     scheme, _, secret = authorization.partition(" ")
-    digest = hashlib.sha256(secret.strip(" ").encode("latin-1")).digest()
+    digest = hashlib.sha256(secret.strip(" ").encode("latin-1", "replace")).digest()
     found = None
     for institution in institutions:
         for known in institution.digests:
@@ -532,7 +539,7 @@ def institution_of(authorization: str,
 
 
 def parse_address(text: str) -> Address | None:
-    """The address, an IPv4 one if it stands in IPv6 clothes (::ffff:a.b.c.d); None if it is none."""
+    """The address, as IPv4 if it stands in IPv6 clothes (::ffff:a.b.c.d); None if it is none."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -605,8 +612,8 @@ class RateLimiter:
 
 # Unicode's White_Space. str.strip() alone would also take U+001C to U+001F for white space, which
 # are control characters and must be refused.
-WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
-               "\u200a\u2028\u2029\u202f\u205f\u3000")
+WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
+               "\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000")
 
 # Control characters hide in logs and cut strings short in C; half of a surrogate pair passes JSON,
 # and then SQLite can't store it and the whole batch would sink.
@@ -616,7 +623,6 @@ CONTROL_CHARACTERS = bytes((*range(0x20), 0x7F))
 # SQLite has no booleans. A bool given to the sqlite3 module goes by way of its adapters, which
 # makes storing a row a quarter slower.
 STORED = {None: None, False: 0, True: 1}
-
 
 # RFC 9110 section 8.6: 1*DIGIT. The bound is below the one at which int() refuses by itself.
 CONTENT_LENGTH = re.compile(r"[0-9]{1,4000}")
@@ -746,7 +752,7 @@ def parse_json(body: bytes) -> object:
 
 
 def check_value(field: Field, value: object, listed: frozenset[str]) -> Value | Fault:
-    """The value as it will be kept, or what is wrong with it. listed: what is allowed; empty: all."""
+    """The value as it will be kept, or its fault. listed: the only values allowed; empty: all."""
     if field.kind is str and isinstance(value, str):
         value = value.strip(WHITE_SPACE) or None
     if value is None:
@@ -780,12 +786,13 @@ def check_batch(parsed: object, institution: Institution, most: int) -> tuple[st
     """The cohort_id and the students of a parsed body. Raises Refusal with its first fault."""
     if not isinstance(parsed, dict):
         raise Refusal("invalid_field", "the body must be an object", field="body")
-    cohort_id = check_value(COHORT, parsed.get(COHORT.name), institution.lists.get(COHORT.listed, frozenset()))
+    listed = institution.lists.get(COHORT.listed, frozenset())
+    cohort_id = check_value(COHORT, parsed.get(COHORT.name), listed)
     if isinstance(cohort_id, Fault):
-        carries: dict[str, Any] = {"field": cohort_id.field}
-        if cohort_id.error == LISTS[COHORT.listed]:
-            carries = {}
-        raise Refusal(cohort_id.error, cohort_id.message, **carries)
+        refusal = Refusal(cohort_id.error, cohort_id.message)
+        if "field" in refusal.problem.carries:
+            refusal.carries["field"] = cohort_id.field
+        raise refusal
     students = parsed.get("students")
     if students is None:
         raise Refusal("missing_field", "students required", field="students")
@@ -960,8 +967,6 @@ SELECT ?, ?, ?, ?, sent.* FROM (VALUES {", ".join([row] * rows)}) AS sent WHERE 
 ON CONFLICT (roster_id, {KEY.name}) DO UPDATE SET
     {", ".join(f"{name} = excluded.{name}" for name in VALUES)}, changed_at = excluded.changed_at
 WHERE ({", ".join(VALUES)}) IS NOT ({", ".join(f"excluded.{name}" for name in VALUES)})"""
-
-
 
 
 class Counts(NamedTuple):
@@ -1555,9 +1560,10 @@ class Wire:
 
         Closing a socket with unread bytes resets the connection, and a reset throws away what the
         client has not read yet: so only this side is closed, and what still comes is read for
-        as long as the clock allows (RFC 9112 section 9.6).
+        as long as the answer's clock allows (RFC 9112 section 9.6).
         """
-        self.deadline = time.monotonic() + (1 if self.hurry else self.seconds)
+        if self.hurry:
+            self.deadline = min(self.deadline, time.monotonic() + 1)
         with contextlib.suppress(OSError):
             if isinstance(self.socket, ssl.SSLSocket):
                 self.socket.settimeout(0)
@@ -1753,7 +1759,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.wires: dict[socket.socket, Wire] = {}      # of the connections that are being served
         self.crowd: dict[str, int] = {}                 # how many of them each client has
         self.refused: list[tuple[float, socket.socket]] = []    # told busy, and until when to stay
-        self.lock = threading.Condition()               # of all three
+        self.lock = threading.Condition()               # of the first two
         if ":" in settings["host"]:
             self.address_family = socket.AF_INET6
         super().__init__((settings["host"], settings["port"]), socketserver.BaseRequestHandler)
@@ -1762,7 +1768,8 @@ class Server(socketserver.ThreadingTCPServer):
     def url(self) -> str:
         host, port = self.server_address[:2]
         scheme = "https" if self.service.configuration.tls else "http"
-        return f"{scheme}://[{host!s}]:{port}" if ":" in str(host) else f"{scheme}://{host!s}:{port}"
+        name = f"[{host!s}]" if ":" in str(host) else str(host)
+        return f"{scheme}://{name}:{port}"
 
     def server_bind(self) -> None:
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
@@ -2002,6 +2009,7 @@ def application(environ: Mapping[str, Any],
 ATTEMPTS = 5                        # further ones after a fault of the connection or the server
 MAX_WAITS = 100                     # of 429 and 503 in a row, before a page is given up
 ANSWER_TIMEOUT = 60.0               # seconds without a byte
+NO_ANSWER = 599                     # the status we give to a connection that failed
 
 
 class Row(NamedTuple):
@@ -2028,8 +2036,8 @@ class Answer(NamedTuple):
     document: Mapping[str, Any]
 
     def __str__(self) -> str:
-        words = (str(self.document.get(key, "")) for key in ("error", "detail"))
-        return " ".join(filter(None, (str(self.status), *words)))
+        words = " ".join(str(self.document.get(key, "")) for key in ("error", "detail")).strip()
+        return words if self.status == NO_ANSWER else f"the server answered {self.status} {words}"
 
 
 @dataclass
@@ -2126,7 +2134,8 @@ class Client:
         if not host or parts.scheme not in ("http", "https"):
             raise CommandError(f"--url {url}: must be http:// or https://, and a host")
         self.path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%") or SYNC_PATH
-        self.in_clear_text = parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1")
+        here = ("localhost", "127.0.0.1", "::1")
+        self.in_clear_text = parts.scheme == "http" and host not in here
         connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if parts.scheme == "https":
             try:
@@ -2179,7 +2188,7 @@ class Client:
             else:
                 with contextlib.suppress(LookupError, TypeError, ValueError):
                     self.summary.reject(page, answer.document.get("errors", ()))
-                raise CommandError(f"stopped: the server answered {answer}")
+                raise CommandError(f"stopped: {answer}")
 
     def wait(self, seconds: float, why: str) -> None:
         until = time.monotonic() + seconds
@@ -2191,7 +2200,7 @@ class Client:
                 raise KeyboardInterrupt
 
     def post(self, document: Mapping[str, object]) -> Answer:
-        """One request. A connection that fails is answered like a 5xx, with status 599.
+        """One request. A connection that fails counts as a fault of the server, NO_ANSWER.
 
         Raises CommandError for a certificate that does not verify: no later attempt would.
         """
@@ -2211,10 +2220,10 @@ class Client:
             response = connection.getresponse()
             text = response.read()
         except ssl.SSLCertVerificationError as error:
-            raise CommandError(f"stopped: the server's certificate is not trusted: "
-                               f"{error.verify_message}; --ca-file names the one to trust") from None
+            raise CommandError("stopped: the server's certificate is not trusted: "
+                               f"{error.verify_message}; --ca-file names one to trust") from None
         except (OSError, http.client.HTTPException) as error:
-            return Answer(599, None, {"error": "no answer", "detail": str(error)})
+            return Answer(NO_ANSWER, None, {"error": "no answer:", "detail": str(error)})
         finally:
             connection.close()
         try:
@@ -2350,7 +2359,7 @@ def decode(path: str, file: BinaryIO) -> tuple[io.TextIOWrapper, list[str]]:
 
 
 def find_delimiter(text: io.TextIOWrapper) -> str:
-    """What stands most often in the header outside quotes; Excel may say it in a line of its own."""
+    """What stands most often in the header, outside quotes; Excel may say it on a line before."""
     header = next((line for line in text if line.strip()), "")
     stated = re.fullmatch(r"sep=(.)\s*", header)
     unquoted = re.sub(r'"[^"]*"', "", header)
@@ -2406,7 +2415,7 @@ def student_of(cells: Sequence[str], width: int,
     student: dict[str, object] = {name: cells[index] for name, index in columns.items()}
     if SCIENTIFIC.fullmatch(str(student[KEY.name]).strip()):
         return Fault(KEY.name, "scientific_notation", f"{KEY.name} is a number as a spreadsheet "
-                     "shortens it, its last digits lost: format the column as text and export again")
+                     "shortens it, its last digits lost: format the column as text, export again")
     for field in FIELDS:
         if field.kind is bool and field.name in student:
             cell = str(student[field.name]).strip()
@@ -2474,8 +2483,8 @@ def command_serve(arguments: Arguments) -> int:
     log_to(logging.StreamHandler(sys.stderr))
     configuration = configured(arguments)
     service = Service(configuration)
+    signals = incoming_signals()
     with listening(service) as server:
-        signals = incoming_signals()
         for line in describe_service(service, server.url):
             log.info("%s", line)
         while next_signal(signals) == getattr(signal, "SIGHUP", None):
@@ -2709,9 +2718,6 @@ def report(summary: Summary, arguments: Arguments) -> None:
         print("To push the same file again is safe, however often.")
 
 
-EXPORT_COLUMNS = ", ".join(NAMES)
-
-
 def command_export(arguments: Arguments) -> int:
     """Write the roster of one cohort as CSV, the way push takes it back."""
     with reading(arguments) as (connection, database):
@@ -2719,9 +2725,10 @@ def command_export(arguments: Arguments) -> int:
                 arguments.output, database):
             raise CommandError(f"{arguments.output}: is the database itself")
         before = arguments.not_seen_since
+        roster_id = find_roster(connection, arguments)
         rows = connection.execute(
-            f"SELECT {EXPORT_COLUMNS} FROM entries WHERE roster_id = ? AND (? IS NULL OR "
-            f"seen_at < ?) ORDER BY {KEY.name}", (find_roster(connection, arguments), before, before))
+            f"SELECT {', '.join(NAMES)} FROM entries WHERE roster_id = ? AND (? IS NULL OR "
+            f"seen_at < ?) ORDER BY {KEY.name}", (roster_id, before, before))
         with writing(arguments.output) as file:
             if arguments.excel:
                 file.write("\ufeff")
@@ -2897,7 +2904,7 @@ def command_backup(arguments: Arguments) -> int:
 def made_up_students(number: int) -> list[dict[str, object]]:
     """Students for the demo, the same ones each time."""
     first = ("Alex", "Zoë", "Thị Minh", "Siobhán", "José", "李", "Noor", "Kwame")
-    last = ("Connor", "O'Brien", "Nguyễn", "Müller", "王", "Þórsdóttir", "Singh", "de la Cruz")
+    last = ("Connor", "O'Brien", "Nguyễn", "Müller", "王", "Þórsdóttir", "Singh", "da Cruz")
     programs, campuses = ("BUSI", "NURS", "ENGI", None), ("Sunshine Coast", "Fraser Coast", None)
     return [{"student_id_ext": f"U{2025000000 + index}",
              "email": f"student{index}@student.example.edu.au",
@@ -2914,7 +2921,7 @@ def command_demo(arguments: Arguments) -> int:
         secret = "sis_" + secrets.token_urlsafe(32)
         service = Service(load_configuration(str(ini), {"SIS_SYNC_SECRET": secret}))
         log_to(logging.FileHandler(ini.with_name("demo.log"), encoding="utf-8"))
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))    # not without cleaning up
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))    # cleaning up first
         with listening(service) as server:
             print(f"A throw-away server at {server.url}, its database and log in {folder}\n")
             demo_steps(server.url, secret)
@@ -2949,12 +2956,11 @@ def demo_steps(url: str, secret: str) -> None:
                   f"{summary.unchanged:,} unchanged, {summary.seconds:.1f} s")
         done.append((title, "200", counts))
 
-    def send(title: str, document: Mapping[str, object], secret: str = secret) -> int:
+    def send(title: str, document: Mapping[str, object], secret: str = secret) -> None:
         answer = Client(url, secret, "2026", Progress(sys.stdout, None)).post(document)
         print(f"{title}:\n  {answer.status} {json.dumps(answer.document)}")
-        rejected = len(answer.document.get("errors", ()))
-        done.append((title, str(answer.status), answer.document.get("error", f"{rejected} rejected")))
-        return answer.status
+        rejected = f"{len(answer.document.get('errors', ()))} rejected"
+        done.append((title, str(answer.status), answer.document.get("error", rejected)))
 
     push("12,000 students in pages of 5,000")
     push("The same again")
@@ -2992,7 +2998,6 @@ def map_argument(text: str) -> tuple[str, str]:
     return field, header
 
 
-INSTITUTION_OPTION = option("--institution", metavar="NAME", help="whose; needed if there are several")
 COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
     "serve": (command_serve, (
         option("--host", default=argparse.SUPPRESS, help="instead of the configured one"),
@@ -3018,7 +3023,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
         option("--ca-file", metavar="PATH", help="certificates to trust, in PEM"),
         option("--json", action="store_true", help="print the summary as JSON"))),
     "export": (command_export, (
-        INSTITUTION_OPTION,
+        option("--institution", metavar="NAME", help="whose; needed if there are several"),
         option("--cohort", metavar="ID", help="which; needed if there are several"),
         option("--output", metavar="FILE", help="instead of standard output"),
         option("--not-seen-since", metavar="DATE", type=date_argument,
@@ -3067,7 +3072,7 @@ def complain(error: CommandError) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0 well, 1 the work found faults, 2 it could not be done."""
+    """The command line. The exit status: 0 well, 1 the work found faults, 2 it can't be done."""
     if sqlite3.sqlite_version_info < (3, 24):
         return complain(CommandError(f"this Python has SQLite {sqlite3.sqlite_version}; "
                                      "3.24 or newer is needed"))

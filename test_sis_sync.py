@@ -1498,13 +1498,18 @@ class TestStrictHTTP:
         assert server.exchange(b"GET http://example.edu HTTP/1.1\r\n" + HOST + b"\r\n").code == "not_found"
 
     def test_a_client_that_comes_and_goes_without_a_word_is_no_line_in_the_log(self, server: Process) -> None:
-        lines = len(server.log)
+        lines = self.lines_so_far(server, "/before-nothing")
         with server.connect() as connection:
             connection.shutdown(socket.SHUT_WR)
             assert read_to_end(connection) == b""
-        server.exchange(head_of("GET", "/after-nothing"))
-        server.wait_for("/after-nothing")
-        assert len(server.log) == lines + 1
+        assert self.lines_so_far(server, "/after-nothing") == lines + 1
+
+    @staticmethod
+    def lines_so_far(server: Process, marker: str) -> int:
+        """How long the log is, with a request of our own as its last line."""
+        server.exchange(head_of("GET", marker))
+        server.wait_for(f"{marker} 404")
+        return len(server.log)
 
     def test_a_whole_push_byte_by_byte_is_the_same_push(self, server: Process) -> None:
         data = request_of(batch(student("slow"), {}))
@@ -1859,14 +1864,12 @@ class TestLeaving:
     @pytest.mark.parametrize("where", [1, 30, 120, 200, 10_000])
     def test_a_reset_at_any_byte_is_one_line_at_most(self, server: Process, where: int) -> None:
         data = request_of(batch(*map(student, range(500))))
-        lines = len(server.log)
+        lines = TestStrictHTTP.lines_so_far(server, f"/before-{where}")
         connection = server.connect()
         connection.sendall(data[:where])
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         connection.close()
-        server.exchange(head_of("GET", f"/after-{where}"))
-        server.wait_for(f"/after-{where} 404")
-        assert len(server.log) - lines <= 2
+        assert TestStrictHTTP.lines_so_far(server, f"/after-{where}") - lines <= 2
 
 
 class TestLog:
@@ -2012,13 +2015,14 @@ class TestDatabase:
             assert "Traceback" not in result.stderr
 
     def test_a_newer_schema_another_s_database_and_no_database_are_refused(self, tmp_path: pathlib.Path) -> None:
+        newest = len(sis_sync.MIGRATIONS)
         (tmp_path / "none.db").write_bytes(b"this is not a database, but it is long enough" * 100)
         for name, statement in (("newer", "PRAGMA user_version = 99"), ("other", "CREATE TABLE t (x)"),
-                                ("same version", "PRAGMA user_version = 1")):
+                                ("same version", f"PRAGMA user_version = {newest}")):
             with contextlib.closing(sqlite3.connect(tmp_path / f"{name}.db")) as connection:
                 connection.execute(statement)
         before = {path.name: (path.read_bytes(), path.stat().st_mode) for path in tmp_path.glob("*.db")}
-        for name, words in (("newer", "newer than 1: use a newer sis_sync.py"),
+        for name, words in (("newer", f"newer than {newest}: use a newer sis_sync.py"),
                             ("other", "a database of another program"),
                             ("same version", "a database of another program"), ("none", "file is not a database")):
             (tmp_path / "test.ini").write_text(f"[server]\nport = 0\ndatabase = {name}.db\n")
@@ -2037,17 +2041,18 @@ class TestDatabase:
         for _ in range(2):
             sis_sync.Roster(path).close()
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+            assert connection.execute("PRAGMA user_version").fetchone() == (len(sis_sync.MIGRATIONS),)
             assert connection.execute("SELECT x FROM added").fetchall() == [(1,)]
 
     def test_a_migration_that_fails_changes_nothing(self, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
         path = str(tmp_path / "old.db")
         sis_sync.Roster(path).close()
+        version = len(sis_sync.MIGRATIONS)
         monkeypatch.setattr(sis_sync, "MIGRATIONS", (*sis_sync.MIGRATIONS, ("CREATE TABLE added (x)", "no SQL")))
         with pytest.raises(sis_sync.CommandError):
             sis_sync.Roster(path)
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+            assert connection.execute("PRAGMA user_version").fetchone() == (version,)
             assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'added'").fetchone() == (0,)
 
 
