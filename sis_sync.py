@@ -809,13 +809,16 @@ def check_batch(parsed: object, institution: Institution, most: int) -> tuple[st
 def check_rows(students: Sequence[object],
                institution: Institution) -> tuple[list[Record], dict[int, Fault]]:
     """The good rows as records, and the first fault of each bad one by its index."""
-    faults = {index: Fault(None, "not_an_object", "a student must be an object")
-              for index, student in enumerate(students) if not isinstance(student, dict)}
-    rows: Any = [{} if index in faults else student for index, student in enumerate(students)]
+    faults: dict[int, Fault] = {}
+    rows: Sequence[Any] = students
+    if not set(map(type, students)) <= {dict}:
+        faults = {index: Fault(None, "not_an_object", "a student must be an object")
+                  for index, student in enumerate(students) if not isinstance(student, dict)}
+        rows = [{} if index in faults else student for index, student in enumerate(students)]
     columns = []
     for field in FIELDS:
-        column, found = check_column(field, [row.get(field.name) for row in rows],
-                                     institution.lists.get(field.listed, frozenset()))
+        name, listed = field.name, institution.lists.get(field.listed, frozenset())
+        column, found = check_column(field, [row.get(name) for row in rows], listed)
         columns.append(column)
         if found:
             faults = {**found, **faults}
