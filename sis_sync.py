@@ -284,7 +284,7 @@ MAX_HEAD = 16 * 1024                # bytes, request line and headers
 MAX_HEADERS = 100                   # lines
 MAX_CHUNK_LINE = 256                # bytes, extensions included
 MAX_NUMBER = 1000                   # digits; int() takes time in the square of them
-MAX_BUCKETS = 100_000               # clients that the rate limiter remembers: about 20 MB
+MAX_BUCKETS = 100_000               # clients that the rate limiter remembers: about 15 MB
 PIECE = 256 * 1024                  # bytes read at once, at most; never what a length promises
 BUSY_TIMEOUT = 5.0                  # seconds to wait for the database's lock
 MAX_REFUSED = 100                   # connections told busy that are still being listened to
@@ -442,7 +442,7 @@ def read_section(section: str, table: str, found: Mapping[str, str],
                  faults: list[str]) -> dict[str, Any]:
     """The values of one section as SETTINGS says, defaults filled in; faults are added."""
     known = {setting.key: setting for setting in SETTINGS if setting.section == table}
-    faults += [f"[{section}] {key}: unknown key" + nearest(key, known)
+    faults += [f"[{section}] {key}: unknown key; allowed: {', '.join(known)}" + nearest(key, known)
                for key in found if key not in known]
     values: dict[str, Any] = {}
     for key, setting in known.items():
@@ -950,7 +950,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 VALUES = NAMES[1:]
 ROWS_AT_ONCE = (999 - 4) // len(FIELDS)     # SQLite before 3.32 takes 999 variables
-KEYS_AT_ONCE = 250                          # a tenth faster than 500 or 995
+KEYS_AT_ONCE = 250      # a tenth faster than 500, where SQLite's statement journal leaves memory
 
 
 @functools.lru_cache(maxsize=4)

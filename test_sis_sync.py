@@ -1216,16 +1216,18 @@ class TestConfiguration:
             assert fault.endswith(f" {key}: found {found!r}; allowed: {setting.kind.allowed}")
 
     def test_all_faults_are_told_at_once_each_with_the_nearest_name(self, tmp_path: pathlib.Path) -> None:
+        keys = {section: ", ".join(setting.key for setting in sis_sync.SETTINGS if setting.section == section)
+                for section in ("server", "limits", "institution")}
         assert faults_of(tmp_path, "[sever]\nport = 1\n[server]\nprot = 1\nport = x\n[limits]\n"
                          "max_student = 5\n[institution UPPER]\n[institution a]\nsecret = x\n"
                          "[DEFAULT]\nport = 1\n") == [
-            "[server] prot: unknown key; did you mean port?",
+            f"[server] prot: unknown key; allowed: {keys['server']}; did you mean port?",
             "[server] port: found 'x'; allowed: a whole number from 0 to 65535",
-            "[limits] max_student: unknown key; did you mean max_students?",
+            f"[limits] max_student: unknown key; allowed: {keys['limits']}; did you mean max_students?",
             *((f"[{name}]: unknown section; allowed: [server], [limits], [institution NAME] "
                f"(NAME: a-z, 0-9, hyphens){hint}") for name, hint in (
                   ("sever", "; did you mean server?"), ("institution UPPER", "; did you mean institution?"))),
-            "[institution a] secret: unknown key; did you mean secrets?",
+            f"[institution a] secret: unknown key; allowed: {keys['institution']}; did you mean secrets?",
             ("[DEFAULT]: unknown section; allowed: [server], [limits], [institution NAME] "
              "(NAME: a-z, 0-9, hyphens)")]
 
