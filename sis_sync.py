@@ -55,6 +55,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -227,7 +228,8 @@ FILE_OR_NONE = Kind("the path of a file, or nothing", read_path)
 NETWORKS = Kind("addresses or networks, such as 10.0.0.0/8, or nothing", read_networks)
 NAMES_LIST = Kind("values with commas or line ends between, or nothing for any", read_list)
 CHOICE = Kind("skip or reject", read_choice)
-SECRETS = Kind("env:NAME, file:PATH and sha256:HEX, never the secret itself", read_secrets)
+SECRETS = Kind("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
+               "never the secret itself", read_secrets)
 
 
 class Setting(NamedTuple):
@@ -266,7 +268,7 @@ SETTINGS = (
     Setting("limits", "request_timeout", "30", whole_number(1, 3600),
             "Seconds for a whole request to arrive, and again for its answer to be read."),
     Setting("institution", "secrets", "env:SIS_SYNC_SECRET", SECRETS,
-            "Where its secrets are: env:NAME, file:PATH, sha256:HEX. Several for a rotation."),
+            "Its secrets: env:NAME, file:PATH or sha256:HEX; several with white space between."),
     Setting("institution", "cohorts", "", NAMES_LIST,
             "The cohort_id values it may push. Empty: any."),
     Setting("institution", "programs", "", NAMES_LIST,
@@ -353,7 +355,7 @@ class Configuration(NamedTuple):
     institutions: tuple[Institution, ...]
     tls: ssl.SSLContext | None
     warnings: tuple[str, ...]
-    source: str
+    source: str                             # the file, or "" for none
 
     @property
     def configured(self) -> bool:
@@ -391,7 +393,7 @@ def load_configuration(path: str | None = None,
     if not any(institution.digests for institution in institutions):
         warnings.append("no institution has a secret set: every push will be answered 503")
     return Configuration(settings, institutions, tls, tuple(warnings),
-                         str(file) if there else "defaults, as there is no file")
+                         str(file) if there else "")
 
 
 def read_institutions(sections: Mapping[str, Mapping[str, str]], folder: pathlib.Path,
@@ -471,9 +473,8 @@ def read_digests(section: str, sources: Iterable[str], folder: pathlib.Path,
             digests.append(bytes.fromhex(name))
             continue
         try:
-            # Notepad writes a BOM, which no client will send.
-            secret = (os.fsencode(environment.get(name, "")) if scheme == "env"
-                      else (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8)).strip()
+            secret = bare_secret(os.fsencode(environment.get(name, "")) if scheme == "env"
+                                 else (folder / name).read_bytes())
         except OSError:
             secret = b""
         if not secret:
@@ -485,6 +486,11 @@ def read_digests(section: str, sources: Iterable[str], folder: pathlib.Path,
                             "characters; make one with: python3 sis_sync.py secret")
         digests.append(hashlib.sha256(secret).digest())
     return tuple(digests)
+
+
+def bare_secret(text: bytes) -> bytes:
+    """Without the line end of a file, or the BOM that Notepad writes."""
+    return text.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def shared_secrets(institutions: Iterable[Institution]) -> Iterator[str]:
@@ -511,8 +517,8 @@ def load_tls(settings: Mapping[str, Any], faults: list[str]) -> ssl.SSLContext |
         # Without a password to try, OpenSSL would ask the terminal for one and wait.
         context.load_cert_chain(certificate, key or None, password=lambda: b"")
     except OSError as error:        # ssl.SSLError is one
-        faults.append(f"[server] tls_certificate, tls_key: cannot be loaded (an encrypted key can "
-                      f"not be): {error.strerror or error}")
+        faults.append(f"[server] tls_certificate, tls_key: cannot be loaded: "
+                      f"{error.strerror or error} (both must be PEM, the key not encrypted)")
     return context
 
 
@@ -556,11 +562,18 @@ def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) ->
     address = parse_address(peer)
     hops = forwarded_for.split(",")
     while hops and address and any(address in network for network in trusted):
-        hop = parse_address(hops.pop().strip())
+        hop = parse_address(without_port(hops.pop().strip()))
         if not hop:
             break
         address = hop
     return str(address or "-")
+
+
+def without_port(host: str) -> str:
+    """Some proxies write 192.0.2.1:5123, or [2001:db8::1]:5123."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0] if host.count(":") == 1 else host
 
 
 def client_key(client: str) -> str:
@@ -602,7 +615,8 @@ class RateLimiter:
         self._full_at = {client: full_at for client, full_at in self._full_at.items()
                          if full_at > now}
         # A tenth more than needed, so that a crowd of strangers does not pay for this each time.
-        for client in list(self._full_at)[:len(self._full_at) - MAX_BUCKETS * 9 // 10]:
+        too_many = max(0, len(self._full_at) - MAX_BUCKETS * 9 // 10)
+        for client in list(self._full_at)[:too_many]:
             del self._full_at[client]
 
 
@@ -661,11 +675,28 @@ class Capped:
     def __init__(self, body: Readable, configuration: Configuration) -> None:
         self._body, self._configuration, self._size = body, configuration, 0
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         piece = self._body.read(size)
         self._size += len(piece)
         check_length(self._size, self._configuration)
         return piece
+
+
+class Whole:
+    """A body that gives all that is asked for, unless it ends. The gzip module takes a header that
+    comes in two pieces for a broken one."""
+
+    def __init__(self, body: Readable) -> None:
+        self._body = body
+
+    def read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            piece = self._body.read(size - len(data))
+            if not piece:
+                break
+            data += piece
+        return bytes(data)
 
 
 def check_framing(headers: Mapping[str, str]) -> None:
@@ -712,7 +743,8 @@ def read_body(request: Request, configuration: Configuration) -> bytes:
     """The whole body, decompressed. The cap holds before and after: a bomb is small on the wire."""
     body: Readable = Capped(request.body, configuration)
     if content_coding(request.headers).endswith("gzip"):
-        body = Capped(gzip.GzipFile(fileobj=body), configuration)  # type: ignore[call-overload]
+        unzipped = gzip.GzipFile(fileobj=Whole(body))  # type: ignore[call-overload]
+        body = Capped(unzipped, configuration)
     try:
         return b"".join(iter(lambda: body.read(PIECE), b""))
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -1004,7 +1036,10 @@ class Roster:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             with self._lock:
                 self._connected()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
+            raise CommandError(f"{path}: {error.strerror}; whoever runs this must be able to write "
+                               "to it and to its folder") from error
+        except sqlite3.Error as error:
             raise CommandError(f"{path}: {error}") from error
 
     def _connected(self) -> sqlite3.Connection:
@@ -1029,8 +1064,7 @@ class Roster:
         connection, self._connection = self._connection, None
         if connection:
             with contextlib.suppress(sqlite3.Error):
-                # Emptied, as the file that now has its database's name may be another one, to
-                # which SQLite would apply this log.
+                # The -wal is found by its name: a file put in the database's place inherits it.
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             connection.close()
 
@@ -1043,7 +1077,7 @@ class Roster:
         """
         deadline = time.monotonic() + BUSY_TIMEOUT
         if not self._lock.acquire(timeout=BUSY_TIMEOUT):
-            raise busy()
+            raise database_busy()
         try:
             connection = self._connected()
             left = max(0.0, deadline - time.monotonic())
@@ -1053,11 +1087,13 @@ class Roster:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
+            if self._replaced():
+                raise OSError("the database was replaced during a transaction")
         except BaseException as error:
             if self._connection:
                 roll_back(self._connection)
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-                raise busy() from error
+                raise database_busy() from error
             if isinstance(error, (sqlite3.Error, OSError)):
                 self._disconnect()
             raise
@@ -1073,8 +1109,8 @@ class Roster:
         """
         # In key order, neighbours in the file are written together.
         records.sort(key=operator.itemgetter(0))
-        now = int(time.time())
         with self.transaction() as connection:
+            now = int(time.time())      # not before the lock is ours: times follow the order
             roster_id = roster_of(connection, request.institution, cohort_id)
             known = mark_seen(connection, roster_id, [record[0] for record in records], now)
             before = connection.total_changes
@@ -1097,9 +1133,11 @@ class Roster:
     def answers(self) -> bool:
         """Whether the database can be read."""
         try:
-            if self._replaced():
-                with self._lock:
+            if self._replaced() and self._lock.acquire(timeout=BUSY_TIMEOUT):
+                try:
                     self._connected()
+                finally:
+                    self._lock.release()
             with contextlib.closing(open_database(self.path, read_only=True)) as connection:
                 connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
                 return True
@@ -1120,7 +1158,7 @@ def file_identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def busy() -> Refusal:
+def database_busy() -> Refusal:
     return Refusal("busy", "the database is locked: try again", retry_after=BUSY_RETRY_AFTER)
 
 
@@ -1231,7 +1269,7 @@ class Response(NamedTuple):
     status: int
     headers: Headers
     body: bytes
-    error: str = ""                 # the code, for the log
+    error: str = ""                 # the code, and the detail if it tells more, for the log
 
     @classmethod
     def of(cls, document: object, status: int = 200, headers: Headers = (),
@@ -1247,8 +1285,9 @@ class Response(NamedTuple):
         headers = refusal.headers
         if "retry_after" in refusal.carries:
             headers += (("Retry-After", str(refusal.carries["retry_after"])),)
+        known = refusal.detail == refusal.problem.meaning
         return cls.of({"error": code, "detail": refusal.detail, **refusal.carries}, status,
-                      headers, code)
+                      headers, code if known else f"{code}: {refusal.detail}")
 
 
 class Service:
@@ -1263,11 +1302,17 @@ class Service:
         self.parsing = threading.Lock()
         self.roster = Roster(configuration.settings["database"])
 
-    def handle(self, request: Request) -> Response:
-        """The answer to a request."""
+    def handle(self, request: Request,
+               receive: Callable[[Request], None] = lambda request: None) -> Response:
+        """The answer to a request. receive: what fills it in first, and may raise Refusal."""
         # One configuration from start to end, whatever SIGHUP does meanwhile.
         configuration = self.configuration
-        return answer(request, lambda: self.route(request, configuration))
+
+        def work() -> Response:
+            receive(request)
+            return self.route(request, configuration)
+
+        return answer_to(request, work)
 
     def route(self, request: Request, configuration: Configuration) -> Response:
         """Raises Refusal, in the order of the contract: HTTP itself, path, method."""
@@ -1340,7 +1385,7 @@ class Service:
         return Response.of(openapi(configuration.settings["max_students"]))
 
 
-def answer(request: Request, work: Callable[[], Response]) -> Response:
+def answer_to(request: Request, work: Callable[[], Response]) -> Response:
     """What `work` answers, or the answer to what it raised: nothing escapes from here."""
     try:
         response = work()
@@ -1358,7 +1403,7 @@ def describe(error: BaseException) -> str:
     the database and the system are known to hold nothing of that kind."""
     where = " < ".join(f"{frame.name}:{frame.lineno}"
                        for frame in reversed(traceback.extract_tb(error.__traceback__)))
-    words = f": {error}" if isinstance(error, (sqlite3.Error, OSError, CommandError)) else ""
+    words = f": {error}" if isinstance(error, (sqlite3.Error, OSError)) else ""
     return f"{type(error).__name__}{words} ({where})"
 
 
@@ -1395,7 +1440,8 @@ def openapi(max_students: int) -> dict[str, object]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "sis_sync", "version": __version__,
-                 "description": "A school's roster, pushed over HTTP."},
+                 "description": "A school's roster, pushed over HTTP. Lengths of strings count "
+                                "without surrounding white space, which is stripped."},
         "paths": {
             SYNC_PATH: {"post": {
                 "operationId": "sync", "summary": "Push students of one cohort's roster",
@@ -1434,8 +1480,8 @@ def schema_of(field: Field) -> dict[str, object]:
     if field.required:
         schema["minLength"] = field.shortest
     if field.pattern:
-        no_spaces = "" if field.spaces else r"(?!.*\s)"
-        schema["pattern"] = f"^{no_spaces}{field.pattern.pattern}$"
+        no_spaces = "" if field.spaces else r"(?!\s*\S+\s+\S)"
+        schema["pattern"] = rf"^{no_spaces}\s*{field.pattern.pattern}\s*$"
     return schema
 
 
@@ -1487,7 +1533,7 @@ class Wire:
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self.socket = connection
         self.buffer = b""
-        self.busy = False               # a request is arriving or being answered
+        self.engaged = False               # a request is arriving or being answered
         self.ended = False              # the client sends no more
         self.hurry = False              # the server is stopping
         self.seconds = seconds
@@ -1507,14 +1553,14 @@ class Wire:
                                           do_handshake_on_connect=False)
         self.socket.do_handshake()
 
-    def receive(self) -> bytes:
-        """What has come, PIECE at most; b"" at the end, which a reset is too.
+    def receive(self, size: int) -> bytes:
+        """What has come, so much at most; b"" at the end, which a reset is too.
 
         Raises Refusal request_timeout.
         """
         try:
             self._wait_at_most()
-            piece = self.socket.recv(PIECE)
+            piece = self.socket.recv(size)
         except socket.timeout:  # noqa: UP041  an OSError, which is why it is caught first
             raise Refusal("request_timeout") from None
         except OSError:
@@ -1524,7 +1570,7 @@ class Wire:
 
     def more(self) -> bool:
         """Add to the buffer what comes next. False at the end."""
-        piece = self.receive()
+        piece = self.receive(MAX_HEAD)
         self.buffer += piece
         return bool(piece)
 
@@ -1543,7 +1589,8 @@ class Wire:
     def pieces(self, size: int) -> Iterator[bytes]:
         """Just `size` bytes. Raises Refusal malformed_request when there are fewer."""
         while size:
-            piece = self.buffer or self.receive()
+            # No further than its end: what a buffer holds is copied for every small chunk in it.
+            piece = self.buffer or self.receive(min(size, PIECE))
             if not piece:
                 raise cut_off()
             self.buffer = piece[size:]
@@ -1583,10 +1630,11 @@ def cut_off() -> Refusal:
     return Refusal("malformed_request", "the request ended before it was whole")
 
 
-def read_head(wire: Wire) -> bytes:
-    """The request line and the headers as they came.
+def read_head(wire: Wire, request: Request) -> list[bytes]:
+    """The header lines as they came; the request line goes into the request when it is whole.
 
-    Raises Refusal malformed_request, request_too_large, request_timeout.
+    Raises Refusal malformed_request, request_too_large, request_timeout,
+    http_version_not_supported.
     """
     while not wire.buffer or wire.buffer == b"\r":
         more_or_cut_off(wire)
@@ -1594,20 +1642,20 @@ def read_head(wire: Wire) -> bytes:
         wire.buffer = wire.buffer[2:]
     while True:
         head, end, rest = wire.buffer.partition(b"\r\n\r\n")
-        check_arriving(head)
+        check_arriving(head + end[:2], request)
         if end:
             wire.buffer = rest
-            return head
+            return head.split(b"\r\n")[1:]
         more_or_cut_off(wire)
 
 
 def more_or_cut_off(wire: Wire) -> None:
     if not wire.more():
         raise cut_off()
-    wire.busy = True
+    wire.engaged = True
 
 
-def check_arriving(head: bytes) -> None:
+def check_arriving(head: bytes, request: Request) -> None:
     """Raises Refusal for what can't become a head any more, whatever may follow."""
     if head.startswith(b"\x16\x03"):
         raise Refusal("malformed_request", "this port speaks plain http, not https")
@@ -1616,37 +1664,34 @@ def check_arriving(head: bytes) -> None:
     request_line, end, _ = head.partition(b"\r\n")
     if len(request_line) > MAX_REQUEST_LINE:
         raise Refusal("request_too_large", status=414)
-    if end:
-        match_request_line(request_line)
-    if len(head) > MAX_HEAD or head.count(b"\r\n") > MAX_HEADERS:
+    if end and request.method == "-":
+        parse_request_line(request_line, request)
+    if len(head) > MAX_HEAD or head.count(b"\r\n") > MAX_HEADERS + 1:
         raise Refusal("request_too_large", status=431)
 
 
-def match_request_line(line: bytes) -> tuple[str, str, str]:
-    """Method, target and version of a request line. Raises Refusal malformed_request."""
+def parse_request_line(line: bytes, request: Request) -> None:
+    """Fill in the request's method, version and path.
+
+    Raises Refusal malformed_request, http_version_not_supported.
+    """
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal("malformed_request", "the request line must be: method, space, target, "
                       "space, HTTP/1.1")
-    method, target, version = (part.decode("ascii") for part in match.groups())
-    return method, target, version
-
-
-def parse_head(head: bytes, request: Request) -> None:
-    """Fill in the request's method, path, version and headers.
-
-    Raises Refusal malformed_request, http_version_not_supported.
-    """
-    request_line, *lines = head.split(b"\r\n")
-    request.method, target, version = match_request_line(request_line)
+    request.method, target, version = (part.decode("ascii") for part in match.groups())
     if version not in ("1.0", "1.1"):
         raise Refusal("http_version_not_supported")
     request.version, request.path = version, path_of(target, request.method)
+
+
+def parse_headers(lines: Iterable[bytes], request: Request) -> None:
+    """Fill in the request's headers. Raises Refusal malformed_request."""
     request.headers = headers = parse_fields(lines)
     # Of two Host lines, which arrive joined, the comma is what no host has in it.
-    if not HOST.fullmatch(headers.get("host", "," if version == "1.1" else "")):
+    if not HOST.fullmatch(headers.get("host", "," if request.version == "1.1" else "")):
         raise Refusal("malformed_request", "HTTP/1.1 takes one Host header")
-    if version == "1.0" and "transfer-encoding" in headers:
+    if request.version == "1.0" and "transfer-encoding" in headers:
         raise Refusal("malformed_request", "HTTP/1.0 has no Transfer-Encoding")
 
 
@@ -1732,7 +1777,7 @@ UNPRINTABLE = re.compile(r"[^!-\[\]-~]")
 
 def log_request(request: Request, response: Response, note: str = "") -> None:
     """One line: id, client, institution, method, path, status, rows received/imported/rejected,
-    milliseconds, and the error's code. The time stands in front of it."""
+    milliseconds, and the error. The time stands in front of it."""
     method, path = (UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text[:200])
                     for text in (request.method, request.path))
     counts = request.counts
@@ -1786,15 +1831,16 @@ class Server(socketserver.ThreadingTCPServer):
     # In the accepting thread, where nothing may wait.
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        key = self.enter(request, client_address[0])
+        connection, peer = request, client_address[0]       # request is socketserver's word for it
+        key = self.enter(connection, peer)
         if key is None:
-            self.refuse(request, client_address[0])
+            self.refuse(connection, peer)
             return
         try:
             super().process_request(request, client_address)
         except RuntimeError:        # the system has no thread left
-            self.exit(request, key)
-            self.refuse(request, client_address[0])
+            self.exit(connection, key)
+            self.refuse(connection, peer)
 
     def enter(self, connection: socket.socket, peer: str) -> str | None:
         """Count the connection in, and say under which key; None if there is no place for it."""
@@ -1832,7 +1878,7 @@ class Server(socketserver.ThreadingTCPServer):
     def refuse(self, connection: socket.socket, peer: str) -> None:
         """503 without a thread: what fits in the socket's buffer, at once or not at all."""
         request = Request(peer, client=client_address(peer, "", ()))
-        response = answer(request, lambda: Response.of_refusal(Refusal(
+        response = answer_to(request, lambda: Response.of_refusal(Refusal(
             "busy", "too many connections: try again", retry_after=1)))
         log_request(request, response)
         connection.settimeout(0)
@@ -1881,10 +1927,11 @@ class Server(socketserver.ThreadingTCPServer):
         with self.lock:
             for wire in self.wires.values():
                 wire.hurry = True
-                if not wire.busy:
+                if not wire.engaged:
                     with contextlib.suppress(OSError):
                         # Not SSLSocket's, which pulls TLS away under the thread that reads.
-                        socket.socket.shutdown(wire.socket, socket.SHUT_RDWR)
+                        # What has come already is still read, and answered.
+                        socket.socket.shutdown(wire.socket, socket.SHUT_RD)
             self.lock.wait_for(lambda: not self.wires, deadline - time.monotonic())
 
 
@@ -1904,21 +1951,20 @@ def swallow(connection: socket.socket) -> bool:
 def converse(service: Service, wire: Wire, peer: str) -> None:
     """One connection, from its first byte to its last: one request, one answer."""
     request = Request(peer, client=client_address(peer, "", ()))
-    configuration = service.configuration
-    if configuration.tls:
+    tls = service.configuration.tls
+    if tls:
         try:
-            wire.secure(configuration.tls)
+            wire.secure(tls)
         except OSError as error:
             log.info("%s %s TLS handshake failed: %s", request.id, request.client, error)
             return
 
-    def receive_and_answer() -> Response:
-        parse_head(read_head(wire), request)
+    def receive(request: Request) -> None:
+        parse_headers(read_head(wire, request), request)
         request.body = Body(body_of(wire, request))
-        return service.route(request, configuration)
 
-    response = answer(request, receive_and_answer)
-    if wire.ended and not wire.busy:
+    response = service.handle(request, receive)
+    if wire.ended and not wire.engaged:
         return                          # it came and went without a word
     wire.deadline = time.monotonic() + wire.seconds
     note = ""
@@ -1927,7 +1973,7 @@ def converse(service: Service, wire: Wire, peer: str) -> None:
     except OSError:
         note = "client gone"
     log_request(request, response, note)
-    wire.busy = False
+    wire.engaged = False
     wire.leave()
 
 
@@ -1949,10 +1995,14 @@ class WSGIBody:
         self._input: BinaryIO = environ["wsgi.input"]
         self._open_end = not environ.get("CONTENT_LENGTH") and \
             bool(environ.get("wsgi.input_terminated"))
+        self._lost = not self._open_end and "HTTP_TRANSFER_ENCODING" in environ
         length = environ.get("CONTENT_LENGTH") or "0"
         self._left = int(length) if CONTENT_LENGTH.fullmatch(length) else 0
 
     def read(self, size: int) -> bytes:
+        if self._lost:
+            raise Refusal("malformed_request", "this host does not hand chunked bodies on: send "
+                          "a Content-Length")
         if not self._open_end:
             size = min(size, self._left)
         try:
@@ -1988,17 +2038,24 @@ def wsgi_service() -> Service:
     return Service(configuration)
 
 
+def misconfigured(request: Request) -> Response:
+    """The answer to every request while there is no service; the log says why."""
+    return answer_to(request, lambda: Response.of_refusal(
+        Refusal("server_error", request_id=request.id)))
+
+
 def application(environ: Mapping[str, Any],
                 start_response: Callable[..., Any]) -> Iterable[bytes]:
     """The WSGI callable (PEP 3333). It reads its configuration at the first request."""
     request = wsgi_request(environ)
-
-    def start_and_answer() -> Response:
+    try:
         with wsgi_lock:
             service = wsgi_service()
-        return service.route(request, service.configuration)
-
-    response = answer(request, start_and_answer)
+        response = service.handle(request)
+    except CommandError as error:
+        for fault in error.args:
+            log.error("%s", fault)
+        response = misconfigured(request)
     log_request(request, response)
     status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
     start_response(status, list(response.headers))
@@ -2039,7 +2096,8 @@ class Answer(NamedTuple):
     document: Mapping[str, Any]
 
     def __str__(self) -> str:
-        words = " ".join(str(self.document.get(key, "")) for key in ("error", "detail")).strip()
+        words = ": ".join(str(self.document[key]) for key in ("error", "detail")
+                          if key in self.document)
         return words if self.status == NO_ANSWER else f"the server answered {self.status} {words}"
 
 
@@ -2047,6 +2105,7 @@ class Answer(NamedTuple):
 class Summary:
     """What a push has come to so far."""
 
+    stopped: str = ""               # why it ended before its end
     sent: int = 0
     set_aside: int = 0              # rejected before they were sent
     new: int = 0
@@ -2061,7 +2120,7 @@ class Summary:
             new, updated, unchanged = (int(document["details"][key])
                                        for key in ("imported", "updated", "unchanged"))
             self.reject(page, document["errors"])
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             raise CommandError("stopped: the server answered 200, but not as sis_sync "
                                "does") from None
         self.sent += len(page)
@@ -2112,12 +2171,14 @@ class Progress:
             text = f"\r\x1b[K{self.indent}[{'#' * share:<20}] {text}"
         else:
             text = f"{self.indent}{text}\n"
-        self.stream.write(text)
-        self.stream.flush()
+        with contextlib.suppress(OSError):      # a push goes on when nobody looks any more
+            self.stream.write(text)
+            self.stream.flush()
 
     def end(self) -> None:
         if self.bar:
-            self.stream.write("\n")
+            with contextlib.suppress(OSError):
+                self.stream.write("\n")
 
 
 class Client:
@@ -2218,7 +2279,7 @@ class Client:
             connection.connect()
             # A server that refuses a request early closes while it is being sent; its answer is
             # there to be read all the same.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            with contextlib.suppress(ConnectionError):
                 connection.request("POST", self.path, body, headers)
             response = connection.getresponse()
             text = response.read()
@@ -2226,7 +2287,9 @@ class Client:
             raise CommandError("stopped: the server's certificate is not trusted: "
                                f"{error.verify_message}; --ca-file names one to trust") from None
         except (OSError, http.client.HTTPException) as error:
-            return Answer(NO_ANSWER, None, {"error": "no answer:", "detail": str(error)})
+            hint = "" if isinstance(connection, http.client.HTTPSConnection) or isinstance(
+                error, ConnectionRefusedError) else "; does it speak https?"
+            return Answer(NO_ANSWER, None, {"error": "no answer", "detail": f"{error}{hint}"})
         finally:
             connection.close()
         try:
@@ -2286,8 +2349,10 @@ def open_roster_file(path: str, mapping: Mapping[str, str]) -> RosterFile:
         file.seek(0)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror or error}") from error
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise CommandError(f"{path}: is UTF-16; save it as \"CSV UTF-8\"")
+    for signature, what in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
+                            (b"PK\x03\x04", "an Excel workbook")):
+        if start.startswith(signature):
+            raise CommandError(f"{path}: is {what}; save it as \"CSV UTF-8\"")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
         return read_json_file(path, file)
     return read_csv_file(path, file, mapping)
@@ -2298,7 +2363,7 @@ def read_json_file(path: str, file: BinaryIO) -> RosterFile:
     try:
         document = parse_json(file.read())
     except Refusal as refusal:
-        raise CommandError(f"{path}: {refusal.detail}") from None
+        raise CommandError(f"{path}: {refusal.detail.partition(': send')[0]}") from None
     students = document.get("students") if isinstance(document, dict) else document
     if not isinstance(students, list):
         raise CommandError(f"{path}: must be an array of students, or an object that has them in "
@@ -2394,11 +2459,11 @@ def find_columns(path: str, header: Sequence[str], wanted: Mapping[str, str],
     faults = [f"{path}: no column {wanted.get(field.name, field.name)!r} for {field.name}"
               for field in FIELDS
               if field.name not in columns and (field.required or field.name in mapping)]
-    faults += [f"{path}: two columns are called {wanted[name]!r}" for name in columns
+    faults += [f"{path}: two columns are called {wanted[name]!r}: rename one" for name in columns
                if names.count(header_key(wanted[name])) > 1]
     if faults:
         raise CommandError(*faults, f"{path}: its header has: {', '.join(header)}",
-                           "name the right one with --map FIELD=HEADER")
+                           "where a column has another name: --map FIELD=HEADER")
     return columns
 
 
@@ -2466,8 +2531,9 @@ Arguments = argparse.Namespace
 
 
 def say(text: str) -> None:
-    """What a person reads; stdout is for data."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """What a person reads; stdout is for data. Nobody reading it is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -2475,7 +2541,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def configured(arguments: Arguments) -> Configuration:
+def configuration_for(arguments: Arguments) -> Configuration:
     overrides = {key: str(getattr(arguments, key)) for key in ("host", "port")
                  if getattr(arguments, key, None) is not None}
     return load_configuration(getattr(arguments, "config", None), overrides=overrides)
@@ -2484,7 +2550,7 @@ def configured(arguments: Arguments) -> Configuration:
 def command_serve(arguments: Arguments) -> int:
     """Run the server until SIGTERM or Ctrl-C."""
     log_to(logging.StreamHandler(sys.stderr))
-    configuration = configured(arguments)
+    configuration = configuration_for(arguments)
     service = Service(configuration)
     signals = incoming_signals()
     with listening(service) as server:
@@ -2542,8 +2608,12 @@ def listening(service: Service) -> Iterator[Server]:
 def describe_service(service: Service, url: str) -> Iterator[str]:
     configuration = service.configuration
     yield f"sis_sync {__version__} listens on {url}{SYNC_PATH}"
-    yield f"configuration: {configuration.source}"
+    yield f"configuration: {configuration.source or 'defaults, as there is no file'}"
     yield f"database: {os.path.abspath(service.roster.path)}"
+    yield from describe_institutions(configuration)
+
+
+def describe_institutions(configuration: Configuration) -> Iterator[str]:
     for institution in configuration.institutions:
         number = len(institution.digests)
         yield f"institution {institution.name}: " + (
@@ -2555,7 +2625,7 @@ def describe_service(service: Service, url: str) -> Iterator[str]:
 def reload(service: Service, arguments: Arguments) -> None:
     """Read the file again. A faulty one changes nothing."""
     try:
-        configuration = configured(arguments)
+        configuration = configuration_for(arguments)
     except CommandError as error:
         for fault in error.args:
             log.error("not reloaded: %s", fault)
@@ -2564,7 +2634,7 @@ def reload(service: Service, arguments: Arguments) -> None:
         log.error("not reloaded: %s", describe(error))
         return
     old = service.configuration
-    if configuration.source != old.source:
+    if old.source and not configuration.source:
         log.error("not reloaded: %s is not there any more", old.source)
         return
     for key in ("host", "port", "database"):
@@ -2574,15 +2644,15 @@ def reload(service: Service, arguments: Arguments) -> None:
         log.warning("[server] tls_certificate: from http to https or back takes a restart")
         configuration = configuration._replace(tls=old.tls)
     service.configuration = configuration
-    log.info("reloaded: %s", configuration.source)
-    for warning in configuration.warnings:
-        log.warning("warning: %s", warning)
+    log.info("reloaded: %s", configuration.source or "defaults")
+    for line in describe_institutions(configuration):
+        log.info("%s", line)
 
 
 def command_secret(arguments: Arguments) -> int:
     """Print a new secret and its line for sis_sync.ini, or with --hash the line alone."""
     if arguments.hash:
-        secret = sys.stdin.buffer.readline().strip()
+        secret = bare_secret(sys.stdin.buffer.readline())
         if not secret:
             raise CommandError("no secret on standard input")
     else:
@@ -2597,7 +2667,7 @@ def command_secret(arguments: Arguments) -> int:
 def command_check(arguments: Arguments) -> int:
     """Say all that is wrong with the configuration and the database, as a start would."""
     try:
-        configuration = configured(arguments)
+        configuration = configuration_for(arguments)
         path = configuration.settings["database"]
         faults = check_database(path)
     except CommandError as error:
@@ -2608,7 +2678,7 @@ def command_check(arguments: Arguments) -> int:
         print(line)
     if faults:
         return 1
-    print(f"{configuration.source}: good" + (
+    print(f"{configuration.source or 'defaults'}: good" + (
         ", with warnings" if configuration.warnings else ""))
     return 0
 
@@ -2649,8 +2719,10 @@ def command_push(arguments: Arguments) -> int:
         try:
             client.push(file.rows, arguments.batch)
         except CommandError as error:
+            client.summary.stopped = str(error)
             status = complain(error)
         except KeyboardInterrupt:
+            client.summary.stopped = "Ctrl-C"
             status = 130
     report(client.summary, arguments)
     return status or (1 if client.summary.rejected else 0)
@@ -2659,9 +2731,9 @@ def command_push(arguments: Arguments) -> int:
 def push_secret(file: str | None) -> str:
     """From a file or the environment, never an argument: those anyone on the machine can list."""
     try:
-        secret = (pathlib.Path(file).read_text() if file
-                  else os.environ.get("SIS_SYNC_SECRET", "")).strip()
-    except (OSError, UnicodeDecodeError) as error:
+        secret = bare_secret(pathlib.Path(file).read_bytes() if file else os.fsencode(
+            os.environ.get("SIS_SYNC_SECRET", ""))).decode("latin-1")
+    except OSError as error:
         raise CommandError(f"--secret-file {file}: cannot be read: {error}") from None
     if not re.fullmatch(r"[!-~]+", secret):
         raise CommandError("the secret must be in SIS_SYNC_SECRET or in the file that "
@@ -2699,23 +2771,27 @@ def dry_run(rows: Iterator[Row], cohort_id: str, page_size: int) -> Summary:
 def report(summary: Summary, arguments: Arguments) -> None:
     """The end of a push: the counts, every rejected row with its line, and what to do next."""
     summary.rejected.sort(key=lambda rejected: rejected.line)
-    document = {"cohort_id": arguments.cohort, "sent": summary.sent, "new": summary.new,
-                "updated": summary.updated, "unchanged": summary.unchanged,
+    count = {"checked" if arguments.dry_run else "sent": summary.sent}
+    document = {"cohort_id": arguments.cohort, "stopped": summary.stopped or None, **count,
+                "new": summary.new, "updated": summary.updated, "unchanged": summary.unchanged,
                 "rejected": [rejected._asdict() for rejected in summary.rejected],
                 "seconds": round(summary.seconds, 3)}
     if arguments.json:
         print(json.dumps(document))
         return
-    done = "checked, none sent" if arguments.dry_run else "sent"
-    print(printable(f"cohort {arguments.cohort}: {summary.sent:,} students {done} "
-                    f"in {summary.seconds:.1f} s"))
+    (done, number), = count.items()
+    print(printable(f"cohort {arguments.cohort}: {'stopped after ' * bool(summary.stopped)}"
+                    f"{number:,} students {done} in {summary.seconds:.1f} s"))
     counts = "" if arguments.dry_run else (
         f"new {summary.new:,}, updated {summary.updated:,} (of these unchanged "
         f"{summary.unchanged:,}), ")
     print(f"  {counts}rejected {len(summary.rejected):,}")
     for rejected in summary.rejected:
         print(printable(f"  line {rejected.line}: {rejected.error}: {rejected.message}"))
-    if summary.rejected:
+    if summary.stopped:
+        print("What is sent is stored. Push the whole file again when the cause is mended; that is "
+              "safe.")
+    elif summary.rejected:
         print("Mend these lines and push the whole file again; it is safe, however often.")
     elif not arguments.dry_run:
         print("To push the same file again is safe, however often.")
@@ -2757,7 +2833,7 @@ def harmless(cell: str) -> str:
 @contextlib.contextmanager
 def reading(arguments: Arguments) -> Iterator[tuple[sqlite3.Connection, str]]:
     """The configured database, read-only, whether a server runs on it or not."""
-    path = configured(arguments).settings["database"]
+    path = configuration_for(arguments).settings["database"]
     if not os.path.exists(path):
         raise CommandError(f"{path}: there is no database yet; the server makes it at its start")
     with contextlib.closing(open_database(path, read_only=True)) as connection:
@@ -2777,7 +2853,8 @@ def writing(path: str | None) -> Iterator[TextIO]:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}") from None
-    if hasattr(os, "fchmod"):       # the file may have been there; Windows has no modes
+    # The file may have been there. (Windows has no modes; and /dev/null is everybody's.)
+    if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.fchmod(descriptor, 0o600)
     with open(descriptor, "w", encoding="utf-8", newline="") as output:
         yield output
@@ -2785,16 +2862,15 @@ def writing(path: str | None) -> Iterator[TextIO]:
 
 def find_roster(connection: sqlite3.Connection, arguments: Arguments) -> int:
     """The one roster that --institution and --cohort leave. Raises CommandError, naming them."""
-    rosters = [row for row in connection.execute(
-        "SELECT roster_id, institution, cohort_id FROM rosters ORDER BY institution, cohort_id")
-        if arguments.institution in (None, row[1]) and arguments.cohort in (None, row[2])]
-    if not rosters:
-        raise CommandError("there is no such roster")
-    if len(rosters) > 1:
-        raise CommandError("there are several rosters: choose one",
+    rosters = connection.execute("SELECT roster_id, institution, cohort_id FROM rosters "
+                                 "ORDER BY institution, cohort_id").fetchall()
+    meant = [row for row in rosters if arguments.institution in (None, row[1])
+             and arguments.cohort in (None, row[2])]
+    if len(meant) != 1:
+        raise CommandError("choose one roster:" if meant else "no such roster; there are:",
                            *(f"  --institution {name} --cohort {cohort}"
-                             for _, name, cohort in rosters))
-    return int(rosters[0][0])
+                             for _, name, cohort in meant or rosters))
+    return int(meant[0][0])
 
 
 def date_argument(text: str) -> int:
@@ -2880,7 +2956,7 @@ def stale(arguments: Arguments) -> int:
     with reading(arguments) as (connection, _):
         last = dict(connection.execute("SELECT institution, max(time) FROM syncs GROUP BY 1"))
     limit = time.time() - arguments.stale * 3600
-    quiet = [institution.name for institution in configured(arguments).institutions
+    quiet = [institution.name for institution in configuration_for(arguments).institutions
              if last.get(institution.name, 0) < limit]
     for name in quiet:
         print(f"{name}: last sync {iso_time(last[name]) if name in last else 'never'}")
@@ -2926,9 +3002,10 @@ def command_demo(arguments: Arguments) -> int:
         log_to(logging.FileHandler(ini.with_name("demo.log"), encoding="utf-8"))
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))    # cleaning up first
         with listening(service) as server:
-            print(f"A throw-away server at {server.url}, its database and log in {folder}\n")
+            print(f"A throw-away server at {server.url}, its database and log in {folder} till the "
+                  "end\n")
             demo_steps(server.url, secret)
-            print(f"\nTry it:\n  curl {server.url}{SYNC_PATH} \\\n"
+            print(f"\nTo try it while the server runs:\n  curl {server.url}{SYNC_PATH} \\\n"
                   f"    -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' "
                   '\\\n    -d \'{"cohort_id": "2026", "students": [{"student_id_ext": "U1", '
                   '"email": "a@example.edu"}]}\'')
@@ -3020,7 +3097,8 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
                help="where the secret is; else the environment's SIS_SYNC_SECRET"),
         option("--map", metavar="FIELD=HEADER", action="append", default=[], type=map_argument,
                help="which column a field is in; may be repeated"),
-        option("--dry-run", action="store_true", help="check every row, send nothing"),
+        option("--dry-run", action="store_true",
+               help="check every row, though not against the server's lists, and send nothing"),
         option("--batch", metavar="N", type=number_argument(5000),
                default=5000, help="students in a page (default, and most: 5000)"),
         option("--ca-file", metavar="PATH", help="certificates to trust, in PEM"),
@@ -3079,11 +3157,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if sqlite3.sqlite_version_info < (3, 24):
         return complain(CommandError(f"this Python has SQLite {sqlite3.sqlite_version}; "
                                      "3.24 or newer is needed"))
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:                  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):    # a Windows console may not know every letter
             stream.reconfigure(errors="backslashreplace")
+    status = 2
     try:
         arguments = argument_parser().parse_args(words)
+        if arguments.command in (command_export, command_history):
+            status = 0                  # if whoever reads it has enough before the end
         status = int(arguments.command(arguments))
         sys.stdout.flush()
         return status
@@ -3094,9 +3178,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except sqlite3.Error as error:
         return complain(CommandError(f"the database: {error}"))
     except BrokenPipeError:
-        # Whoever read stdout has enough; the interpreter must not complain about it at exit.
+        # The interpreter must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return status
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return complain(CommandError(str(error)))

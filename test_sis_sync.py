@@ -165,12 +165,10 @@ class Process:
     def start(self) -> None:
         self.process = subprocess.Popen(self.words, env=self.environment, stderr=subprocess.PIPE,
                                         stdout=subprocess.PIPE, encoding="utf-8", **self.popen)
+        self.log.clear()                # or the port of an earlier start would be found in it
         self.reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self.reader.start()
-        line = self.wait_for(r"listens on https?://.*:(\d+)/")
-        self.port = int(line[1])
-        # After a restart on the same port, only the newest line counts.
-        self.log_start = len(self.log)
+        self.port = int(self.wait_for(r"listens on https?://.*:(\d+)/")[1])
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr
@@ -910,6 +908,13 @@ class TestErrors:
         answer = server.exchange(head_of(method, path))
         assert (answer.status, answer.code, answer.headers["allow"]) == (405, "method_not_allowed", allow)
 
+    def test_a_refusal_of_the_headers_knows_the_request_line(self, server: Process) -> None:
+        assert server.exchange(b"HEAD / HTTP/1.1\r\nX: " + b"x" * 17000 + b"\r\n\r\n").status == 431   # and no body
+        with server.connect() as connection:
+            connection.sendall(b"GET /old HTTP/1.0\r\nX: y\r\n folded\r\n\r\n")
+            assert read_to_end(connection).startswith(b"HTTP/1.0 400 Bad Request\r\n")
+        server.wait_for("GET /old 400 .*malformed_request: a header must be")
+
     def test_head_on_the_endpoint_is_a_405_without_a_body(self, server: Process) -> None:
         assert server.exchange(head_of("HEAD", SYNC)).status == 405
 
@@ -1056,6 +1061,20 @@ class TestRateLimit:
         for number in range(150):
             limiter.take(f"old {number}", 20, 0.0 if number < 90 else 10.0)
         assert limiter.take("busy", 20, 10.0) > 0
+
+    @pytest.mark.parametrize("live", [10, 45, 50, 70, 89, 90])
+    def test_making_room_for_one_client_forgets_no_other_that_is_not_full(self, monkeypatch: Any, live: int) -> None:
+        monkeypatch.setattr(sis_sync, "MAX_BUCKETS", 100)
+        limiter = sis_sync.RateLimiter()
+        for number in range(100 - live):
+            limiter.take(f"full {number}", 20, 0.0)
+        for number in range(live):
+            for _ in range(20):
+                limiter.take(f"live {number}", 20, 10.0)
+        limiter.take("one more", 20, 10.0)
+        assert len(limiter._full_at) <= 100
+        # Past nine tenths there is no room for all; the one least recently used goes.
+        assert all(limiter.take(f"live {number}", 20, 10.0) for number in range(live == 90, live))
 
     def test_a_refusal_tells_when_to_come_back_and_spends_nothing(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of(limits="requests_per_minute = 20")) as process:
@@ -1265,7 +1284,7 @@ class TestConfiguration:
         assert configuration_of(tmp_path, "[server]\n").institutions[0].name == "default"
 
     def test_secrets_come_from_the_environment_files_and_digests(self, tmp_path: pathlib.Path) -> None:
-        (tmp_path / "secret.txt").write_text(f"{OTHER_SECRET}\r\n")
+        (tmp_path / "secret.txt").write_text(f"\ufeff{OTHER_SECRET}\r\n", "utf-8")
         digest = hashlib.sha256(b"third").hexdigest()
         configuration = configuration_of(
             tmp_path, "[institution a]\nsecrets = env:SIS_SYNC_SECRET file:secret.txt\n"
@@ -1310,6 +1329,8 @@ class TestConfiguration:
         ("10.0.0.1", "198.51.100.1", "198.51.100.1"), ("10.0.0.1", "1.1.1.1, 198.51.100.1", "198.51.100.1"),
         ("10.0.0.1", "1.1.1.1, 198.51.100.1, 10.0.0.2", "198.51.100.1"),
         ("10.0.0.1", "10.0.0.3,10.0.0.2", "10.0.0.3"), ("10.0.0.1", "1.1.1.1, junk", "10.0.0.1"),
+        ("10.0.0.1", "203.0.113.9:5123", "203.0.113.9"), ("10.0.0.1", "[2001:db8::1]:80", "2001:db8::1"),
+        ("10.0.0.1", "[2001:db8::1]", "2001:db8::1"),
         ("::ffff:10.0.0.1", "2001:db8::1", "2001:db8::1"), ("", "1.1.1.1", "-")])
     def test_only_a_trusted_proxy_is_believed_and_only_as_far_as_it_wrote(
             self, tmp_path: pathlib.Path, peer: str, forwarded: str, client: str) -> None:
@@ -1346,6 +1367,19 @@ class TestConfiguration:
             process.process.send_signal(signal.SIGHUP)
             process.wait_for("not reloaded: .*max_students")
             assert process.push(student(1), secret=OTHER_SECRET).status == 200
+
+    def test_a_file_that_was_made_since_the_start_is_read_and_one_that_is_gone_changes_nothing(
+            self, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sis_sync, "DEFAULT_FILE", tmp_path / "sis_sync.ini")
+        monkeypatch.setenv("SIS_SYNC_SECRET", SECRET)
+        monkeypatch.delenv("SIS_SYNC_CONFIG", raising=False)
+        service = sis_sync.Service(sis_sync.load_configuration())
+        (tmp_path / "sis_sync.ini").write_text("[limits]\nmax_students = 7\n")
+        for _ in range(2):
+            sis_sync.reload(service, argparse.Namespace())
+            assert service.configuration.settings["max_students"] == 7
+            (tmp_path / "sis_sync.ini").unlink(missing_ok=True)
+        service.roster.close()
 
     @posix
     @pytest.mark.parametrize("text", ["[server]\nport = 1\nport = 2\n", "[limits]\n[limits]\n", "\0",
@@ -1527,10 +1561,15 @@ class TestBodies:
             self.BODY, size, b" ; name=\"value\"", b"X-Checksum: 1\r\n"), size=4096)
         assert answer.document["imported"] == 300
 
-    def test_gzip_and_chunked_go_together(self, server: Process) -> None:
-        answer = server.exchange(head_of(Transfer_Encoding="chunked", Content_Encoding="gzip")
-                                 + chunked(gzip.compress(self.BODY), 100))
+    @pytest.mark.parametrize("size", [1, 2, 3, 100])
+    def test_gzip_and_chunked_go_together(self, server: Process, size: int) -> None:
+        body = gzip.compress(self.BODY[:50]) + gzip.compress(self.BODY[50:])
+        answer = server.exchange(head_of(Transfer_Encoding="chunked", Content_Encoding="gzip") + chunked(body, size))
         assert answer.document["imported"] == 300
+
+    def test_gzip_is_read_in_whatever_pieces_it_comes(self, server: Process) -> None:
+        body = gzip.compress(json.dumps(batch(student("pieces"))).encode())
+        assert server.exchange(request_of(body, Content_Encoding="gzip"), size=1).document["imported"] == 1
 
     def test_a_chunked_body_over_the_cap_is_too_large(self, server: Process) -> None:
         answer = server.exchange(head_of(Transfer_Encoding="chunked") + chunked(b" " * (9 << 20), 65536))
@@ -1782,7 +1821,7 @@ class TestTLS:
         subprocess.run(["openssl", "rsa", "-aes128", "-passout", "pass:secret", "-out", key, "-in",
                         certificate.with_suffix(".key")], check=True, capture_output=True)
         (fault,) = faults_of(tmp_path, f"[server]\ntls_certificate = {certificate}\ntls_key = {key}\n")
-        assert "an encrypted key" in fault
+        assert "the key not encrypted" in fault
 
     @posix
     def test_from_https_to_http_takes_a_restart(self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
@@ -1833,6 +1872,24 @@ class TestLeaving:
             assert not pathlib.Path(f"{process.database}-wal").exists()
             with pytest.raises(ConnectionRefusedError):
                 process.connect()
+
+    @posix
+    def test_what_is_stored_while_it_stops_is_also_answered(self, tmp_path: pathlib.Path) -> None:
+        """Requests that were waiting to be read when the signal came: all or nothing, for each."""
+        with running(tmp_path, ini_of()) as process:
+            waiting = [process.connect() for _ in range(10)]
+            TestConfiguration.wait_until_read(process)
+            process.process.send_signal(signal.SIGSTOP)
+            for number, connection in enumerate(waiting):
+                connection.sendall(request_of(batch(student(number), cohort_id=str(number))))
+            process.process.send_signal(signal.SIGTERM)
+            process.process.send_signal(signal.SIGCONT)
+            answered = {str(number) for number, connection in enumerate(waiting)
+                        if b" 200 OK" in read_to_end(connection)}
+            assert process.process.wait(20) == 0
+            assert {row[0] for row in process.rows("SELECT cohort_id FROM syncs")} == answered
+            for connection in waiting:
+                connection.close()
 
     @posix
     def test_a_client_that_stays_after_its_answer_is_not_waited_for(self, tmp_path: pathlib.Path) -> None:
@@ -1913,7 +1970,7 @@ class TestDatabase:
             modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("sis_sync.db*")}
         assert modes == dict.fromkeys(("sis_sync.db", "sis_sync.db-wal", "sis_sync.db-shm"), 0o600)
 
-    def test_what_is_answered_200_is_on_the_disk_first(self, service: sis_sync.Service) -> None:
+    def test_the_log_is_synced_to_the_disk_at_every_commit(self, service: sis_sync.Service) -> None:
         connection = service.roster._connection
         assert connection
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -1938,6 +1995,13 @@ class TestDatabase:
         monkeypatch.setattr(sis_sync, "BUSY_TIMEOUT", 0.2)
         with service.roster.transaction():
             assert handle(service, batch(student())).code == "busy"
+        assert handle(service, batch(student())).status == 200
+
+    @posix
+    def test_a_database_replaced_during_a_transaction_is_never_a_200(self, service: sis_sync.Service) -> None:
+        with pytest.raises(OSError, match="replaced"), service.roster.transaction():
+            shutil.copy(service.roster.path, f"{service.roster.path}.copy")
+            os.replace(f"{service.roster.path}.copy", service.roster.path)
         assert handle(service, batch(student())).status == 200
 
     @posix
@@ -2093,7 +2157,7 @@ class TestCommands:
         assert result.stdout.decode() == f"{digest}\n"
         assert run("secret", "--hash").returncode == 2
         digest = "sha256:" + hashlib.sha256(b"caf\xe9").hexdigest()
-        assert run("secret", "--hash", stdin=b"caf\xe9\n").stdout.decode().strip() == digest
+        assert run("secret", "--hash", stdin=b"\xef\xbb\xbfcaf\xe9\r\n").stdout.decode().strip() == digest
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
     def test_a_stdout_that_fails_is_no_traceback(self, tmp_path: pathlib.Path) -> None:
@@ -2107,7 +2171,7 @@ class TestCommands:
         with open(writing, "w") as closed:
             result = subprocess.run(words, env=ENVIRONMENT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=20,
                                     check=False)
-        assert (result.returncode, "Exception" in result.stderr) == (0, False)
+        assert "Exception" not in result.stderr and "Traceback" not in result.stderr
 
     def test_check_says_all_that_is_wrong_and_changes_nothing(self, tmp_path: pathlib.Path) -> None:
         ini = tmp_path / "sis_sync.ini"
@@ -2247,7 +2311,7 @@ class TestRosterFiles:
 
     @pytest.mark.parametrize("data, words", [
         (b"", "is empty"), (b"\n \n", "is empty"), (b"a,b\n1,2\n", "its header has: a, b"), (b"email,email,student_id_ext\n", "two columns"),
-        ("student_id_ext,email\n".encode("utf-16"), "is UTF-16"), (b"\x81\x8d\xff", "neither UTF-8 nor"),
+        ("student_id_ext,email\n".encode("utf-16"), "is UTF-16"), (b"PK\x03\x04junk", "is an Excel workbook"), (b"\x81\x8d\xff", "neither UTF-8 nor"),
         (b'student_id_ext,email\n"' + b"x" * 140_000, "is no CSV"), (b'{"students": 1}', "must be an array"),
         (b"[1, 2", "is not JSON")])
     def test_a_file_that_can_t_be_understood_is_refused(self, tmp_path: pathlib.Path, data: bytes,
@@ -2287,7 +2351,7 @@ class TestRosterFiles:
 
     @linux
     def test_a_huge_file_takes_no_more_memory_than_a_small_one(self, tmp_path: pathlib.Path) -> None:
-        """On an address space that its 60 MB would not fit into."""
+        """60 MB of it, in at most 8 MB more."""
         path = tmp_path / "huge.csv"
         with open(path, "w", encoding="utf-8") as file:
             file.write("student_id_ext,email,first_name\n")
@@ -2304,7 +2368,7 @@ class TestRosterFiles:
             total, count, size = map(int, result.stdout.split())
             assert total == count == lines
             sizes.append(size)
-        assert sizes[1] < sizes[0] + 4 * 1024       # kilobytes
+        assert sizes[1] < sizes[0] + 8 * 1024       # kilobytes
 
 
 class TestPush:
@@ -2343,6 +2407,18 @@ class TestPush:
         result = self.push(server, "-", "--batch", "2", stdin=csv_of([student(n) for n in range(5)]), cohort="pages")
         lines = [line for line in result.stderr.decode().splitlines() if " of 5 students" in line]
         assert [line.partition(",")[0] for line in lines] == ["2 of 5 students", "4 of 5 students", "5 of 5 students"]
+
+    @posix
+    def test_it_goes_on_when_nobody_looks_any_more(self, server: Process) -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as closed:
+            result = subprocess.run(
+                [*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{server.port}", "--cohort", "unseen", "--batch", "2"],
+                input=csv_of([student(number) for number in range(9)]).encode(), stderr=closed,
+                stdout=subprocess.PIPE, env=ENVIRONMENT, timeout=20, check=False)
+        assert result.returncode == 0
+        assert b"new 9," in result.stdout
 
     def test_on_a_terminal_there_is_a_bar(self) -> None:
         class Terminal(io.StringIO):
@@ -2436,7 +2512,7 @@ class TestPush:
             rest = pushing.stderr.read()
             text = pushing.stdout.read()
             assert pushing.wait(60) == 2
-            assert "stopped: the server answered 401 unauthorized" in rest
+            assert "stopped: the server answered 401 unauthorized: " in rest
             (stored,) = process.rows("SELECT count(*) FROM entries")[0]
             assert 600 <= stored < 2000 and f"new {stored:,}," in text
             pushing.stdout.close()
@@ -2458,7 +2534,7 @@ class TestPush:
             pushing.send_signal(signal.SIGINT)
             output, rest = pushing.communicate(timeout=20)
             assert (pushing.returncode, "Traceback" in rest) == (130, False)
-            assert json.loads(output)["new"] == 200
+            assert (json.loads(output)["new"], json.loads(output)["stopped"]) == (200, "Ctrl-C")
             assert process.rows("SELECT count(*) FROM entries") == [(200,)]
 
     def test_a_refusal_of_the_whole_batch_names_its_lines(self, server: Process) -> None:
@@ -2466,7 +2542,7 @@ class TestPush:
                            environment={"SIS_SYNC_SECRET": "sis_the-strict-ones-secret"})
         assert result.returncode == 2
         assert [row["line"] for row in json.loads(result.stdout)["rejected"]] == [3]
-        assert b"stopped: the server answered 400 invalid_rows" in result.stderr
+        assert b"stopped: the server answered 400 invalid_rows: " in result.stderr
 
     def test_what_can_t_work_is_one_clear_line_and_2(self, server: Process, tmp_path: pathlib.Path) -> None:
         path = tmp_path / "roster.csv"
@@ -2483,7 +2559,7 @@ class TestPush:
                 ((path,), {}, "push takes --url URL"),
                 ((tmp_path / "missing.csv", "--url", url), {}, "No such file"),
                 ((tmp_path, "--url", url), {}, "Is a directory"),
-                ((path, "--url", url, "--cohort", "x" * 65), {}, "400 invalid_field cohort_id must be")):
+                ((path, "--url", url, "--cohort", "x" * 65), {}, "400 invalid_field: cohort_id must be")):
             result = run("push", *words, *(() if "--cohort" in words else ("--cohort", "1")),
                          environment=environment)
             assert result.returncode == 2
@@ -2491,7 +2567,7 @@ class TestPush:
             assert b"Traceback" not in result.stderr
 
     def test_a_secret_can_be_in_a_file(self, server: Process, tmp_path: pathlib.Path) -> None:
-        (tmp_path / "secret").write_text(f"{SECRET}\n")
+        (tmp_path / "secret").write_text(f"\ufeff{SECRET}\n", "utf-8")
         result = self.push(server, "-", "--secret-file", tmp_path / "secret", stdin=csv_of([FULL]),
                            environment={"SIS_SYNC_SECRET": ""})
         assert result.returncode == 0
@@ -2627,7 +2703,8 @@ class TestExport:
         assert (result.returncode, result.stdout) == (2, b"")
         assert "--institution a --cohort 2026\n" in result.stderr.decode()
         assert run("--config", filled, "export", "--institution", "b").returncode == 0
-        assert b"no such roster" in run("--config", filled, "export", "--cohort", "x").stderr
+        result = run("--config", filled, "export", "--cohort", "x")
+        assert b"no such roster; there are:\nsis_sync:   --institution a --cohort 2026" in result.stderr
 
     def test_who_silently_left_the_feed_is_listed(self, filled: pathlib.Path) -> None:
         with contextlib.closing(sqlite3.connect(filled.with_name("sis_sync.db"))) as connection:
@@ -2645,6 +2722,9 @@ class TestExport:
         assert path.read_text().splitlines()[1] == "U5,u5@example.edu,,,,,"
         result = run("--config", filled, "export", "--institution", "b", "--output", tmp_path / "no" / "x")
         assert (result.returncode, b"No such file" in result.stderr) == (2, True)
+        mode = os.stat("/dev/null").st_mode
+        assert run("--config", filled, "export", "--institution", "b", "--output", "/dev/null").returncode == 0
+        assert os.stat("/dev/null").st_mode == mode
 
     def test_a_database_that_is_not_there_is_not_made(self, tmp_path: pathlib.Path) -> None:
         (tmp_path / "sis_sync.ini").write_text(ini_of())
@@ -2733,8 +2813,11 @@ class TestHistory:
             connection.commit()
         lines = run("--config", ini, "history", "--stale", "1").stdout.decode().splitlines()
         assert len(lines) == 2 and lines[0].startswith("a-very-long-name-of-an-institution: last sync 20")
+        result = run("--config", ini, "history", "--stale", "3")
+        assert (result.returncode, result.stdout.decode()) == (1, "other: last sync never\n")
         ini.write_text(ini.read_text().replace("[institution other]\nsecrets = env:NO\n", ""))
-        assert run("--config", ini, "history", "--stale", "3").returncode == 0
+        result = run("--config", ini, "history", "--stale", "3")
+        assert (result.returncode, result.stdout) == (0, b"")
 
 
 class TestBackup:
