@@ -390,10 +390,10 @@ def load_configuration(path: str | None = None,
     if not tls and not ipaddress.ip_address(settings["host"]).is_loopback:
         warnings.append(f"[server] host: {settings['host']} is not this machine alone and there is "
                         "no TLS: set tls_certificate, or put a proxy that has it in front")
-    if not any(institution.digests for institution in institutions):
+    configuration = Configuration(settings, institutions, tls, (), str(file) if there else "")
+    if not configuration.configured:
         warnings.append("no institution has a secret set: every push will be answered 503")
-    return Configuration(settings, institutions, tls, tuple(warnings),
-                         str(file) if there else "")
+    return configuration._replace(warnings=tuple(warnings))
 
 
 def read_institutions(sections: Mapping[str, Mapping[str, str]], folder: pathlib.Path,
@@ -1076,9 +1076,7 @@ class Roster:
         or another process; sqlite3.Error or OSError for any other fault of the database.
         """
         deadline = time.monotonic() + BUSY_TIMEOUT
-        if not self._lock.acquire(timeout=BUSY_TIMEOUT):
-            raise database_busy()
-        try:
+        with self._locked(), self._cleaning_up():
             connection = self._connected()
             left = max(0.0, deadline - time.monotonic())
             connection.execute(f"PRAGMA busy_timeout = {round(left * 1000)}")
@@ -1089,6 +1087,22 @@ class Roster:
             connection.execute("COMMIT")
             if self._replaced():
                 raise OSError("the database was replaced during a transaction")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread at a time. Raises Refusal busy."""
+        if not self._lock.acquire(timeout=BUSY_TIMEOUT):
+            raise database_busy()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def _cleaning_up(self) -> Iterator[None]:
+        """After a fault nothing is half done, and the next transaction finds a connection."""
+        try:
+            yield
         except BaseException as error:
             if self._connection:
                 roll_back(self._connection)
@@ -1097,8 +1111,6 @@ class Roster:
             if isinstance(error, (sqlite3.Error, OSError)):
                 self._disconnect()
             raise
-        finally:
-            self._lock.release()
 
     def sync(self, request: Request, cohort_id: str, records: list[Record],
              errors: Sequence[Mapping[str, object]]) -> Counts:
@@ -1133,11 +1145,9 @@ class Roster:
     def answers(self) -> bool:
         """Whether the database can be read."""
         try:
-            if self._replaced() and self._lock.acquire(timeout=BUSY_TIMEOUT):
-                try:
+            if self._replaced():
+                with contextlib.suppress(Refusal), self._locked():
                     self._connected()
-                finally:
-                    self._lock.release()
             with contextlib.closing(open_database(self.path, read_only=True)) as connection:
                 connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
                 return True
@@ -1146,11 +1156,8 @@ class Roster:
 
     def close(self) -> None:
         """Bring everything from the WAL into the database file, and close."""
-        if self._lock.acquire(timeout=BUSY_TIMEOUT):
-            try:
-                self._disconnect()
-            finally:
-                self._lock.release()
+        with contextlib.suppress(Refusal), self._locked():
+            self._disconnect()
 
 
 def file_identity(path: str) -> tuple[int, int]:
@@ -1400,6 +1407,11 @@ def answer_to(request: Request, work: Callable[[], Response]) -> Response:
         response = Response.of_refusal(Refusal("server_error", request_id=request.id))
     return response._replace(headers=(*response.headers, ("X-Request-ID", request.id)),
                              body=b"" if request.method == "HEAD" else response.body)
+
+
+def refuse_to(request: Request, refusal: Refusal) -> Response:
+    """The answer to a request that gets no further."""
+    return answer_to(request, lambda: Response.of_refusal(refusal))
 
 
 def describe(error: BaseException) -> str:
@@ -1882,8 +1894,8 @@ class Server(socketserver.ThreadingTCPServer):
     def refuse(self, connection: socket.socket, peer: str) -> None:
         """503 without a thread: what fits in the socket's buffer, at once or not at all."""
         request = Request(peer, client=client_address(peer, "", ()))
-        response = answer_to(request, lambda: Response.of_refusal(Refusal(
-            "busy", "too many connections: try again", retry_after=1)))
+        response = refuse_to(request, Refusal("busy", "too many connections: try again",
+                                              retry_after=1))
         log_request(request, response)
         connection.settimeout(0)
         with contextlib.suppress(OSError):
@@ -2042,12 +2054,6 @@ def wsgi_service() -> Service:
     return Service(configuration)
 
 
-def misconfigured(request: Request) -> Response:
-    """The answer to every request while there is no service; the log says why."""
-    return answer_to(request, lambda: Response.of_refusal(
-        Refusal("server_error", request_id=request.id)))
-
-
 def application(environ: Mapping[str, Any],
                 start_response: Callable[..., Any]) -> Iterable[bytes]:
     """The WSGI callable (PEP 3333). It reads its configuration at the first request."""
@@ -2059,7 +2065,7 @@ def application(environ: Mapping[str, Any],
     except CommandError as error:
         for fault in error.args:
             log.error("%s", fault)
-        response = misconfigured(request)
+        response = refuse_to(request, Refusal("server_error", request_id=request.id))
     log_request(request, response)
     status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
     start_response(status, list(response.headers))
@@ -2175,14 +2181,16 @@ class Progress:
             text = f"\r\x1b[K{self.indent}[{'#' * share:<20}] {text}"
         else:
             text = f"{self.indent}{text}\n"
-        with contextlib.suppress(OSError):      # a push goes on when nobody looks any more
-            self.stream.write(text)
-            self.stream.flush()
+        self._write(text)
 
     def end(self) -> None:
         if self.bar:
-            with contextlib.suppress(OSError):
-                self.stream.write("\n")
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):      # a push goes on when nobody looks any more
+            self.stream.write(text)
+            self.stream.flush()
 
 
 class Client:
@@ -2803,9 +2811,9 @@ def report(summary: Summary, arguments: Arguments) -> None:
 
 def command_export(arguments: Arguments) -> int:
     """Write the roster of one cohort as CSV, the way push takes it back."""
-    with reading(arguments) as (connection, database):
+    with reading(arguments) as (connection, configuration):
         if arguments.output and os.path.exists(arguments.output) and os.path.samefile(
-                arguments.output, database):
+                arguments.output, configuration.settings["database"]):
             raise CommandError(f"{arguments.output}: is the database itself")
         before = arguments.not_seen_since
         roster_id = find_roster(connection, arguments)
@@ -2835,14 +2843,15 @@ def harmless(cell: str) -> str:
 
 
 @contextlib.contextmanager
-def reading(arguments: Arguments) -> Iterator[tuple[sqlite3.Connection, str]]:
+def reading(arguments: Arguments) -> Iterator[tuple[sqlite3.Connection, Configuration]]:
     """The configured database, read-only, whether a server runs on it or not."""
-    path = configuration_for(arguments).settings["database"]
+    configuration = configuration_for(arguments)
+    path = configuration.settings["database"]
     if not os.path.exists(path):
         raise CommandError(f"{path}: there is no database yet; the server makes it at its start")
     with contextlib.closing(open_database(path, read_only=True)) as connection:
         schema_version(connection)
-        yield connection, path
+        yield connection, configuration
 
 
 @contextlib.contextmanager
@@ -2957,10 +2966,10 @@ def iso_time(seconds: float) -> str:
 
 def stale(arguments: Arguments) -> int:
     """Exit status 1, and a line each, if an institution has not pushed for that many hours."""
-    with reading(arguments) as (connection, _):
+    with reading(arguments) as (connection, configuration):
         last = dict(connection.execute("SELECT institution, max(time) FROM syncs GROUP BY 1"))
     limit = time.time() - arguments.stale * 3600
-    quiet = [institution.name for institution in configuration_for(arguments).institutions
+    quiet = [institution.name for institution in configuration.institutions
              if last.get(institution.name, 0) < limit]
     for name in quiet:
         print(f"{name}: last sync {iso_time(last[name]) if name in last else 'never'}")
@@ -3181,13 +3190,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return complain(CommandError(refusal.detail))
     except sqlite3.Error as error:
         return complain(CommandError(f"the database: {error}"))
-    except BrokenPipeError:
-        # The interpreter must not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return status
     except OSError as error:
+        # Of stdout, say: the interpreter must not complain about it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return complain(CommandError(str(error)))
+        return status if isinstance(error, BrokenPipeError) else complain(CommandError(str(error)))
     except KeyboardInterrupt:
         return 130
 

@@ -2473,67 +2473,54 @@ class TestPush:
             process.wait_for("413")
             assert len([line for line in process.log if " 413 " in line]) <= 4      # it is learnt once
 
+    @contextlib.contextmanager
+    def pushing(self, process: Process, number: int, *words: str) -> Iterator[Any]:
+        """A push of so many students, going on as a process of its own."""
+        words = (*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{process.port}", "--cohort", "2026", *words)
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=process.environment, encoding="utf-8") as client:
+            assert client.stdin
+            client.stdin.write(csv_of(sis_sync.made_up_students(number)))
+            client.stdin.close()
+            yield client
+
     @posix
     def test_a_server_killed_and_restarted_midway_does_no_harm(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of()) as process:
             process.ini.write_text(ini_of(f"port = {process.port}").replace("port = 0\n", ""))
-            words = [*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
-                     "--cohort", "2026", "--batch", "100"]
-            pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       env=process.environment, encoding="utf-8")
-            assert pushing.stdin and pushing.stderr and pushing.stdout
-            pushing.stdin.write(csv_of(sis_sync.made_up_students(12_000)))
-            pushing.stdin.close()
-            assert any("1,000 of" in line for line in pushing.stderr)
-            process.stop(signal.SIGKILL)
-            assert any("no answer" in line for line in pushing.stderr)
-            process.start()
-            rest = pushing.stderr.read()
-            assert pushing.wait(60) == 0, rest
-            assert "rejected 0" in pushing.stdout.read()
-            pushing.stdout.close()
-            pushing.stderr.close()
+            with self.pushing(process, 12_000, "--batch", "100") as client:
+                assert any("1,000 of" in line for line in client.stderr)
+                process.stop(signal.SIGKILL)
+                assert any("no answer" in line for line in client.stderr)
+                process.start()
+                rest = client.stderr.read()
+                assert client.wait(60) == 0, rest
+                assert "rejected 0" in client.stdout.read()
             assert process.rows("SELECT count(*) FROM entries") == [(12_000,)]
 
     @posix
     def test_a_secret_rotated_midway_stops_the_push_and_says_how_far_it_came(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of(limits="requests_per_minute = 60"),
-                     environment={"NEXT": OTHER_SECRET}) as process:
-            words = [*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
-                     "--cohort", "2026", "--batch", "10"]
-            pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       env=process.environment, encoding="utf-8")
-            assert pushing.stdin and pushing.stderr and pushing.stdout
-            pushing.stdin.write(csv_of(sis_sync.made_up_students(2000)))
-            pushing.stdin.close()
-            assert any("rate limited" in line for line in pushing.stderr)
+                     environment={"NEXT": OTHER_SECRET}) as process, \
+                self.pushing(process, 2000, "--batch", "10") as client:
+            assert any("rate limited" in line for line in client.stderr)
             process.ini.write_text(ini_of(institutions="[institution example]\nsecrets = env:NEXT\n"))
             process.process.send_signal(signal.SIGHUP)
-            rest = pushing.stderr.read()
-            text = pushing.stdout.read()
-            assert pushing.wait(60) == 2
+            rest, text = client.stderr.read(), client.stdout.read()
+            assert client.wait(60) == 2
             assert "stopped: the server answered 401 unauthorized: " in rest
             (stored,) = process.rows("SELECT count(*) FROM entries")[0]
             assert 600 <= stored < 2000 and f"new {stored:,}," in text
-            pushing.stdout.close()
-            pushing.stderr.close()
 
     @posix
     def test_ctrl_c_ends_at_a_page_s_border_with_the_summary_so_far(self, tmp_path: pathlib.Path) -> None:
-        with running(tmp_path, ini_of(limits="requests_per_minute = 20")) as process:
-            words = [*COMMAND, "push", "-", "--url", f"http://127.0.0.1:{process.port}",
-                     "--cohort", "2026", "--batch", "10", "--json"]
-            pushing = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       env=process.environment, encoding="utf-8")
-            assert pushing.stdin and pushing.stderr
-            pushing.stdin.write(csv_of(sis_sync.made_up_students(2000)))
-            pushing.stdin.flush()
-            pushing.stdin.close()
-            pushing.stdin = None
-            assert any("rate limited" in line for line in pushing.stderr)
-            pushing.send_signal(signal.SIGINT)
-            output, rest = pushing.communicate(timeout=20)
-            assert (pushing.returncode, "Traceback" in rest) == (130, False)
+        with running(tmp_path, ini_of(limits="requests_per_minute = 20")) as process, \
+                self.pushing(process, 2000, "--batch", "10", "--json") as client:
+            assert any("rate limited" in line for line in client.stderr)
+            client.send_signal(signal.SIGINT)
+            output, rest = client.stdout.read(), client.stderr.read()
+            assert client.wait(20) == 130
+            assert "Traceback" not in rest
             assert (json.loads(output)["new"], json.loads(output)["stopped"]) == (200, "Ctrl-C")
             assert process.rows("SELECT count(*) FROM entries") == [(200,)]
 
