@@ -1,8 +1,11 @@
-"""The tests of sis_sync, in the order of its contract; and `bench`, `fuzz` and `timing`, to be run by hand.
+"""The tests of sis_sync, in the order of its contract; and what is to be run by hand.
 
     python3 -m pytest -q test_sis_sync.py       # or: make test
     python3 test_sis_sync.py bench              # or: make bench
     python3 test_sis_sync.py fuzz 600           # ten minutes of mutated requests
+    python3 test_sis_sync.py cost               # the most expensive requests that were found
+    python3 test_sis_sync.py crash 300          # kill -9 at random moments under load
+    python3 test_sis_sync.py stops 200          # SIGTERM likewise
     python3 test_sis_sync.py timing             # whether a 401 tells how much of a secret was right
 
 Most tests talk to a real server process over a real socket, with a real database file; what is
@@ -45,7 +48,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -1969,7 +1971,6 @@ class TestConfiguration:
     def test_a_bad_value_is_refused_with_section_key_and_what_is_allowed(
             self, tmp_path: pathlib.Path, key: str, text: str) -> None:
         (setting,) = (setting for setting in sis_sync.SETTINGS if setting.key == key)
-        # MODULE BUG: a tls_certificate that is not there is told twice, once as a tls_key that nobody wrote
         (fault,) = faults_of(tmp_path, f"[{section_of(setting)}]\n{key} = {text}\n")
         assert fault.startswith(f"[{section_of(setting)}] ") and key in fault
         if not key.startswith("tls"):
@@ -2443,12 +2444,9 @@ class TestBodies:
         body = json.dumps(batch()).encode().ljust(size)
         request = sis_sync.Request("192.0.2.1", "POST", SYNC, {"authorization": f"Bearer {SECRET}"},
                                    (body[start:start + 2] for start in range(0, size, 2)))
-        tracemalloc.start()
-        try:
-            assert service.handle(request).status == 200
-            assert tracemalloc.get_traced_memory()[1] < 8 * size
-        finally:
-            tracemalloc.stop()
+        statuses: list[int] = []
+        assert peak_during(lambda: statuses.append(service.handle(request).status)) < 8 * size
+        assert statuses == [200]
 
     def test_a_request_in_too_many_small_pieces_is_refused(self) -> None:
         """Here each byte is read before the next is sent, which a network does not promise."""
@@ -2634,9 +2632,6 @@ def memory_of(process: Process, key: str = "VmRSS") -> float:
     return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
 
-linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
-
-
 class TestCrowds:
     def test_past_the_connections_of_one_address_it_gets_busy_and_others_are_served(
             self, tmp_path: pathlib.Path) -> None:
@@ -2794,7 +2789,7 @@ class TestTLS:
         (fault,) = faults_of(tmp_path, f"[server]\ntls_certificate = {certificate}\ntls_key = {other}\n")
         assert "the key must be the certificate's" in fault
 
-    @posix      # MODULE BUG: with OpenSSL 3 the end of reading is fatal to writing too, and an alert is sent
+    @posix
     def test_an_unfinished_request_over_tls_is_busy_when_the_server_stops(
             self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
         context = ssl.create_default_context(cafile=str(certificate))
@@ -3090,7 +3085,7 @@ class TestDatabase:
                 path.unlink()
             answer = process.push(student(2))
             assert (answer.status, answer.code) == (500, "server_error")
-            process.wait_for(f"{answer.document['request_id']} server_error FileNotFoundError")
+            process.wait_for(f"{answer.document['request_id']} server_error OSError: the database or its -wal was deleted")
             answer = process.exchange(head_of("GET", "/healthz"))
             assert (answer.status, answer.code) == (503, "unhealthy")
             shutil.copy(backup, process.database)
@@ -3110,7 +3105,7 @@ class TestDatabase:
                 assert process.exchange(head_of("GET", "/healthz")).code == "unhealthy"
             answer = process.push(student("lost"))
             assert (answer.status, answer.code) == (500, "server_error")
-            process.wait_for(f"{answer.document['request_id']} server_error (OSError|FileNotFoundError): .*-wal")
+            process.wait_for(f"{answer.document['request_id']} server_error OSError: .*-wal")
             assert process.push(student("after")).status == 200
             assert process.exchange(head_of("GET", "/healthz")).document == {"status": "ok"}
             process.stop(signal.SIGKILL)
@@ -3180,7 +3175,7 @@ class TestDatabase:
         assert seen == (len(days) + 2,)
         service.roster.close()
 
-    @posix      # MODULE BUG: the log of the database that was there is applied to the new one, and ruins it
+    @posix
     def test_a_database_replaced_under_a_running_server_is_once_a_500_and_then_the_one_that_is_used(
             self, tmp_path: pathlib.Path) -> None:
         """The README says to stop first; who does not loses nothing that was answered 200 later."""
@@ -3201,6 +3196,22 @@ class TestDatabase:
             assert process.rows("PRAGMA integrity_check") == [("ok",)]
             assert process.rows("SELECT count(*) FROM entries") == [(3001,)]
             assert process.database.stat().st_mode & 0o777 == 0o600
+
+    @posix
+    def test_the_log_of_a_database_that_was_replaced_is_not_left_to_the_new_one(self, tmp_path: pathlib.Path) -> None:
+        """SQLite finds it by its name at the next start, and would ruin the new database with it."""
+        with running(tmp_path, ini_of()) as process:
+            process.push(*(student(number) for number in range(3000)))
+            backup = tmp_path / "backup.db"
+            assert run("--config", process.ini, "backup", backup).returncode == 0
+            process.push(*(student(f"more-{number}") for number in range(5000)))
+            os.replace(backup, process.database)
+            assert process.stop() == 0
+            process.start()
+            assert process.push(student(1)).document["details"]["unchanged"] == 1
+            process.stop()
+            assert process.rows("PRAGMA integrity_check") == [("ok",)]
+            assert process.rows("SELECT count(*) FROM entries") == [(3000,)]
 
     @linux
     def test_a_full_disk_is_a_500_that_stores_nothing_and_then_it_goes_on(self, tmp_path: pathlib.Path) -> None:
@@ -4763,6 +4774,29 @@ def fuzz_once(process: Process, pick: random.Random) -> int:
         print(f"the request was {data!r}\nthe answer was {answer[:500]!r}", file=sys.stderr)
         raise
     return status
+
+
+def test_a_text_of_many_words_takes_memory_in_line_with_its_bytes() -> None:
+    text = "a " * 200_000 + "a"
+    peak = peak_during(lambda: sis_sync.check_rows([student(1, first_name=text)], sis_sync.ANYONE))
+    assert peak < 10 * len(text)        # MODULE BUG: 90 times, as the pattern is tried before the length
+
+
+def test_numbers_of_one_hash_take_work_in_line_with_their_number() -> None:
+    compared = []
+
+    class Number(int):
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return self is other
+
+        def __hash__(self) -> int:      # as that of multiples of 2**61 - 1
+            return 0
+
+    students = [student(number, last_name=Number(number)) for number in range(1000)]
+    records, errors = sis_sync.check_rows(students, sis_sync.ANYONE)
+    assert not records and len(errors) == 1000
+    assert len(compared) < 20_000       # MODULE BUG: half a million, as a set of them is made
 
 
 def settled(process: Process, threads: int) -> bool:
