@@ -11,12 +11,13 @@ every row and keeps the good ones, so that the same push can be repeated for eve
         -H "Content-Type: application/json"
     {"received": 1, "imported": 1, "details": {"imported": 1, "updated": 0, "unchanged": 0}, ...}
 
-Limits, each of them a setting: 5,000 students and 8 MiB a request, 20 requests a minute for each
-client, 256 connections at once, 30 seconds for a request to arrive. One process, one writer, one
-database on a local disk. It stores what it is sent and deletes nothing.
+Limits, each of them a setting: 5,000 students and 8 MiB a request, 20 requests a minute of each
+institution, 256 connections at once, 30 seconds for a request to arrive. One writer, one database
+on a local disk. It stores what it is sent and deletes no student.
 
-It reads from top to bottom: the contract as tables, the configuration, who is calling, what was
-sent, what is kept, the answer, the wire; then the pushing side and the commands.
+It reads from top to bottom. First the server: the contract as tables, who is calling, what was
+sent, what is kept, the service, the wire. Then its tools: the pushing side, the OpenAPI document,
+roster files, the reading of sis_sync.ini, the commands that start, stop and reload all this.
 """
 
 from __future__ import annotations  # sis_sync needs Python 3.9 or newer
@@ -84,13 +85,13 @@ WIDE_SPACE = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # Half of a surrogate pair passes JSON, and then SQLite can't store it: the batch would sink.
 SURROGATES = "\ud800-\udfff"
 FORBIDDEN = rf"[\x00-\x1f\x7f{SURROGATES}]"
-LETTER = rf"[^\x00-\x20\x7f{WIDE_SPACE}{SURROGATES}]"
+VISIBLE = rf"[^\x00-\x20\x7f{WIDE_SPACE}{SURROGATES}]"
 
 # The whole rule of a string but its length, after stripping: letters, and white space between.
-TEXT = f"{LETTER}+(?:[ {WIDE_SPACE}]+{LETTER}+)*"
+TEXT = f"{VISIBLE}+(?:[ {WIDE_SPACE}]+{VISIBLE}+)*"
 # RFC 5322 allows far more than a school uses; what matters is that there is one address, and that
 # it can't be mistaken for two. RFC 5321 section 4.5.3.1.3 is where 254 comes from.
-EMAIL = "{0}+@{0}+".format(LETTER.replace("^", "^@"))
+EMAIL = "{0}+@{0}+".format(VISIBLE.replace("^", "^@"))
 
 
 class Field(NamedTuple):
@@ -194,10 +195,6 @@ class Kind(NamedTuple):
         return value
 
 
-def matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Kind:
-    return Kind(allowed, convert, pattern)
-
-
 def whole_number(low: int, high: int) -> Kind:
     # In ASCII digits: int() alone would take '+5', '5_000' and Arabic digits.
     return Kind(f"a whole number from {low} to {high}", int, "[0-9]{1,12}", range(low, high + 1))
@@ -205,18 +202,18 @@ def whole_number(low: int, high: int) -> Kind:
 
 ADDRESS = Kind("an IP address, such as 127.0.0.1 or 0.0.0.0; names are not looked up",
                lambda text: str(ipaddress.ip_address(text)))
-FILE = matching(r"[^\x00-\x1f\x7f]+", "the path of a file")
-FILE_OR_NONE = matching(r"[^\x00-\x1f\x7f]*", "the path of a file, or nothing")
+FILE = Kind("the path of a file", str, r"[^\x00-\x1f\x7f]+")
+FILE_OR_NONE = Kind("the path of a file, or nothing", str, r"[^\x00-\x1f\x7f]*")
 NETWORKS = Kind("addresses, or networks without host bits set, such as 10.0.0.0/8, or nothing",
                 lambda text: tuple(map(ipaddress.ip_network, text.replace(",", " ").split())))
 # configparser takes an indented line, and so an indented key, for more of the value above it.
-NAMES_LIST = matching(r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*",
-                      "values with commas or line ends between, or nothing for any",
-                      lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))))
-CHOICE = matching("skip|reject", "skip or reject")
+NAMES_LIST = Kind("values with commas or line ends between, or nothing for any",
+                  lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))),
+                  r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*")
+CHOICE = Kind("skip or reject", str, "skip|reject")
 SOURCE = r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\0]+|sha256:[0-9A-Fa-f]{64})"
-SECRETS = matching(rf"({SOURCE}(\s+{SOURCE})*)?", "env:NAME, file:PATH and sha256: with 64 hex "
-                   "digits, white space between them, never the secret itself", str.split)
+SECRETS = Kind("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
+               "never the secret itself", str.split, rf"({SOURCE}(\s+{SOURCE})*)?")
 
 
 class Setting(NamedTuple):
@@ -252,9 +249,9 @@ MAX_REQUEST_LINE = 8 * 1024         # bytes; RFC 9112 section 3 recommends at le
 MAX_HEAD = 16 * 1024                # bytes of headers, as Node has it
 MAX_HEADERS = 100                   # lines, as Apache has it
 MAX_CHUNK_LINE = 256                # bytes, extensions included
-MAX_SMALL_PIECES = 1000             # of a request, as they arrive; and chunks of a body:
-MAX_SMALL_CHUNKS = 65_536
-MEAN_PIECE = 16                     # bytes, the least mean of more than that; a packet has 500
+MAX_SMALL_PIECES = 1000             # reads; of a request that takes more, each must bring on the
+MAX_SMALL_CHUNKS = 65_536           # average MEAN_PIECE bytes, and so must each chunk past these
+MEAN_PIECE = 16                     # bytes; a packet has 500 and more
 MAX_NUMBER = 1000                   # digits; int() takes time in the square of them
 MAX_OBJECTS = 8                     # objects and arrays in a body, for each student it may have
 MAX_VALUES = 64                     # values in a body, likewise
@@ -289,7 +286,8 @@ class Refusal(Exception):
 
 
 class RowError(NamedTuple):
-    """What is wrong with a row, from the check to the history, the answer and the pushing side."""
+    """What is wrong with a row, from the check to the history, the answer and the pushing side,
+    which has two codes of its own for what only a file shows."""
 
     row: int                        # from 1; 0 as long as only the value is known
     field: str | None
@@ -362,7 +360,7 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def client_address(peer: str, forwarded_for: str = "", trusted: Sequence[Network] = ()) -> str:
+def client_of(peer: str, forwarded_for: str = "", trusted: Sequence[Network] = ()) -> str:
     """Who sent the request: the peer, or whom a trusted proxy names. X-Forwarded-For is read from
     the right: what a trusted proxy did not write is a mere claim."""
     address = parse_address(peer)
@@ -537,8 +535,8 @@ def read_body(request: Request, limits: Mapping[str, Any]) -> bytearray:
     return body
 
 
-def no_json(what: str) -> Any:
-    raise ValueError(f"{what} is not taken")
+def no_json(reason: str) -> Any:
+    raise ValueError(reason)
 
 
 def number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -547,7 +545,7 @@ def number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 DECODER = json.JSONDecoder(parse_int=number(int), parse_float=number(float),
-                           parse_constant=lambda name: no_json(f"{name} is not JSON and"))
+                           parse_constant=lambda name: no_json(f"{name} is not JSON"))
 
 
 def parse_json(body: bytes | bytearray) -> object:
@@ -567,7 +565,7 @@ def parse_json(body: bytes | bytearray) -> object:
         reason += "; it is gzip: say so with Content-Encoding: gzip"
     elif b"\0" in body[:4]:
         reason += "; it looks like UTF-16 or UTF-32"
-    elif re.match(rb"\s*\{.*\}\s*\n\s*\{", body):
+    elif re.match(rb"\{[^\n]*\}\r?\n\{", body):
         reason += "; it looks like a document in each line: send one, with all in students"
     raise Refusal("malformed_json", reason)
 
@@ -596,7 +594,7 @@ def check_value(field: Field, value: object, listed: frozenset[str]) -> str | in
     elif not isinstance(value, str) or field.kind is bool:
         words = "must be a string" if field.kind is str else "must be true, false or null"
     elif re.search(FORBIDDEN, value):
-        code = ord(re.findall(FORBIDDEN, value)[0])
+        code = ord(next(re.finditer(FORBIDDEN, value))[0])
         kind = "half of a surrogate pair" if code > 0x7f else "a control character"
         words = f"holds U+{code:04X}, {kind}"
     elif not field.shortest <= len(value) <= field.longest:
@@ -684,7 +682,7 @@ def check_rows(students: Sequence[Any],
         column, found = check_column(field, students,
                                      institution.lists.get(field.listed, frozenset()))
         columns.append(column)
-        errors = {**found, **errors}
+        errors = {**found, **errors}        # of two faults of a row the first one stays
     records: Iterable[Record] = zip(*columns)
     if errors:
         records = (record for index, record in enumerate(records) if index not in errors)
@@ -734,7 +732,8 @@ def check_batch(parsed: object, institution: Institution, most: int) -> Batch:
 # ---------------------------------------------------------------------------------------------
 
 class Counts(NamedTuple):
-    """What a sync did. updated: rows already known; unchanged: those of them that held the same."""
+    """What a sync did. updated: rows already known; unchanged: those of them that held the same. In
+    the answer `details.imported` is new, and `imported` is new and updated together."""
 
     received: int
     new: int
@@ -797,7 +796,8 @@ def give_rowids(connection: sqlite3.Connection) -> None:
 
 
 # What brings a database of each version (PRAGMA user_version) to the next; an empty one goes to
-# version 2 at once. A change of the schema is one more item; a new field needs none.
+# version 2 at once, and from there on the way of all others: a change of the schema is one more
+# item here, and none of TABLES. A new field needs nothing.
 MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {0: create, 1: give_rowids}
 
 ROWS_AT_ONCE = (999 - 4) // len(FIELDS)     # SQLite before 3.32 takes 999 variables
@@ -903,9 +903,11 @@ class Roster:
             raise
 
     def _watch(self, size: int) -> None:
-        """SQLite says nothing when it can't empty its log into the database: but the log grows."""
-        before, self.warning = self.warning, "" if size <= 4 * WAL_LIMIT else \
-            "the write-ahead log can't be emptied: a reader holds it, or the disk is full or fails"
+        """SQLite says nothing when it can't empty the WAL into the database: but the WAL grows."""
+        before, self.warning = self.warning, ""
+        if size > 4 * WAL_LIMIT:
+            self.warning = "the write-ahead log can't be emptied: a reader holds it, or the disk " \
+                           "is full or fails"
         if self.warning != before:
             log.warning("database: %s (%s-wal: %d bytes)", self.warning or
                         "the write-ahead log is emptied again", self.path, size)
@@ -1019,13 +1021,14 @@ def schema_version(connection: sqlite3.Connection) -> int:
     if version > newest:
         raise sqlite3.DatabaseError(f"the database is of version {version}, newer than {newest}: "
                                     "use a newer sis_sync.py")
-    if tables if version == 0 else not tables >= set(TABLES):
+    foreign = bool(tables) if version == 0 else not tables >= set(TABLES)
+    if foreign:
         raise sqlite3.DatabaseError("this is a database of another program")
     return version
 
 
 # ---------------------------------------------------------------------------------------------
-# The answer
+# The service: the order of the checks, and the answer
 # ---------------------------------------------------------------------------------------------
 
 SYNC_PATH = "/api/sis/sync"
@@ -1049,15 +1052,19 @@ class Response(NamedTuple):
         return cls(status, (("Content-Type", "application/json"),
                             ("Content-Length", str(len(body))), *headers), body, error)
 
+    def to(self, request: Request) -> Response:
+        """With what every answer has; to a HEAD without its body."""
+        return self._replace(headers=(*self.headers, ("X-Request-ID", request.id)),
+                             body=b"" if request.method == "HEAD" else self.body)
+
     @classmethod
     def of_refusal(cls, refusal: Refusal) -> Response:
         """The one place where an error becomes an answer."""
-        (status, code, _, meaning, *_), detail = refusal.error, refusal.detail
-        headers = refusal.headers
+        error, detail, headers = refusal.error, refusal.detail, refusal.headers
         if "retry_after" in refusal.carries:
             headers += (("Retry-After", str(refusal.carries["retry_after"])),)
-        return cls.of({"error": code, "detail": detail, **refusal.carries}, status, headers,
-                      code if detail == meaning else f"{code}: {detail}")
+        return cls.of({"error": error.code, "detail": detail, **refusal.carries}, error.status,
+                      headers, error.code if detail == error.meaning else f"{error.code}: {detail}")
 
 
 class Service:
@@ -1068,9 +1075,9 @@ class Service:
         self.configuration = configuration
         self.limiter = RateLimiter()
         self.roster = Roster(configuration.settings["database"])
-        # One batch at a time is parsed, checked and stored: one tree of objects is in memory, not
-        # eight. Python runs one thread at a time in any case, and by turns none waits for another's
-        # slice of 5 ms at each of the 36 statements of a batch.
+        # One batch at a time is parsed, checked and stored, so that one tree of objects is in
+        # memory and not many. It is no slower: Python runs one thread at a time in any case, and
+        # at each statement a batch would wait for another thread's slice of 5 ms to be over.
         self.turn = threading.Lock()
         self._bodies = 0                # bytes that bodies in flight take, or may take
         self._room = threading.Condition()
@@ -1087,8 +1094,7 @@ class Service:
         except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
             log.error("%s server_error %s", request.id, describe(error))
             response = Response.of_refusal(Refusal("server_error", request_id=request.id))
-        response = response._replace(headers=(*response.headers, ("X-Request-ID", request.id)),
-                                     body=b"" if request.method == "HEAD" else response.body)
+        response = response.to(request)
         try:
             send(response)
         except OSError:
@@ -1096,11 +1102,16 @@ class Service:
         log_request(request, response)
         return response
 
+    def close(self) -> None:
+        """Give the database up, unless a batch outlasts the time it had to finish."""
+        if self.turn.acquire(timeout=BUSY_TIMEOUT):
+            self.roster.close()
+
     def route(self, request: Request) -> Response:
         """Raises Refusal, in the order of the contract: HTTP itself, path, method."""
         # One configuration from here to the end, whatever SIGHUP does meanwhile.
         configuration = self.configuration
-        request.client = client_address(request.peer, request.headers.get("x-forwarded-for", ""),
+        request.client = client_of(request.peer, request.headers.get("x-forwarded-for", ""),
                                         configuration.settings["trusted_proxies"])
         check_framing(request.headers)
         if request.method not in METHODS:
@@ -1138,8 +1149,8 @@ class Service:
         whole before a byte is read: if bodies took it piece by piece, all of them could stand
         half-read and wait for each other. Raises Refusal busy."""
         cap = limits["max_body_bytes"]
-        known = request.coding == "identity" and "transfer-encoding" not in request.headers
-        size = int(request.headers.get("content-length", "0")) if known else cap
+        known = request.coding == "identity" and "content-length" in request.headers
+        size = int(request.headers["content-length"]) if known else cap
         left = request.started + limits["request_timeout"] - time.monotonic()
         with self._room:
             if not self._room.wait_for(lambda: self._bodies + size <= BODIES_IN_FLIGHT * cap, left):
@@ -1227,16 +1238,6 @@ def log_request(request: Request, response: Response) -> None:
     log.info("%s %s %s %s %s %d %s %dms%s", request.id, request.client, request.institution,
              method, path, response.status, rows, request.milliseconds,
              f" {response.error}" if response.error else "")
-
-
-def log_to(handler: logging.Handler) -> None:
-    """Each line begins with the time, in UTC, as ISO 8601 has it."""
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1329,7 +1330,7 @@ class Stream(io.RawIOBase):
                 # Not SSLSocket's, which pulls TLS away under the thread that reads.
                 socket.socket.shutdown(self.connection, socket.SHUT_RD)
 
-    def leave(self, most: int) -> None:
+    def drain(self, most: int) -> None:
         """Close so that the answer gets through (RFC 9112 section 9.6). Closing a socket with
         unread bytes resets the connection, and a reset throws away what the client has not read
         yet: so only this side is closed, and what still comes is thrown away here, `most` bytes of
@@ -1348,21 +1349,22 @@ class Stream(io.RawIOBase):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: one request, one answer, one line in the log. handle() does not come from the
-    base class: its parse_request splits lines at any white space of Unicode, takes a bare CR for a
-    line end, two Hosts for one and HTTP/0.9 for a request, drops the headers behind a faulty one,
-    and answers errors in HTML. Its way of writing an answer is used as it is."""
+    base class: the parse_request there splits lines at any white space of Unicode, takes a bare CR
+    for a line end, two Hosts for one and HTTP/0.9 for a request, drops the headers behind a faulty
+    one, and answers errors in HTML. Its way of writing an answer is used as it is."""
 
-    request_version = protocol_version = "HTTP/1.1"     # until the request says 1.0
+    request_version = "HTTP/1.1"    # by default it is 0.9, to which no status line is written
+    protocol_version = "HTTP/1.1"   # of the answer, until the request says 1.0
     server: Server
 
     def setup(self) -> None:
-        self.stream = self.server.streams[self.request]
+        self.stream = self.server.streams[self.request]     # socketserver's word for the socket
         self.rfile = io.BufferedReader(self.stream)
         self.wfile = io.BufferedWriter(self.stream)     # so that an answer leaves in one piece
 
     def handle(self) -> None:
         peer, tls = self.client_address[0], self.server.service.configuration.tls
-        request = Request(peer, client=client_address(peer))
+        request = Request(peer, client=client_of(peer))
         self.wrong_scheme = False
         try:
             first = b"?"
@@ -1393,7 +1395,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         modern = line.endswith(b"1.1\r\n")
         self.protocol_version = "HTTP/1.1" if modern else "HTTP/1.0"
         request.headers = headers = self.fields(Refusal("request_too_large", status=431))
-        # Of two Host lines, which arrive joined, the comma is what no host has in it.
+        # Two Host lines arrive joined by a comma, which no host has in it; nor has a missing one.
         if not is_host(headers.get("host", "," if modern else "")):
             raise Refusal("malformed_request", "HTTP/1.1 takes one Host header")
         if not modern and "transfer-encoding" in headers:
@@ -1458,7 +1460,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Who had the whole time for a request, or was never let in, does not get as much again.
         self.stream.deadline = time.monotonic() + (
             REFUSED_SECONDS if response.status == 408 or self.stream.refused
-            else self.server.limits["request_timeout"])
+            else self.server.settings["request_timeout"])
         self.send_response_only(response.status)        # send_response would tell Python's version
         self.send_header("Date", self.date_time_string())
         for name, value in (*response.headers, ("Connection", "close")):
@@ -1469,7 +1471,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         self.stream.engaged = False
-        self.stream.leave(2 * self.server.limits["max_body_bytes"])
+        self.stream.drain(2 * self.server.settings["max_body_bytes"])
 
 
 def parse_request_line(line: bytes, request: Request) -> None:
@@ -1515,14 +1517,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.changed = threading.Condition()                # of these
         self.accepting = threading.Thread(target=self.serve_forever, daemon=True)
         # In a full queue a client waits a second and more until it is asked for again.
-        self.request_queue_size = max(1024, self.limits["max_connections"] + MAX_REFUSED)
-        if ":" in self.limits["host"]:
+        self.request_queue_size = max(1024, self.settings["max_connections"] + MAX_REFUSED)
+        if ":" in self.settings["host"]:
             self.address_family = socket.AF_INET6
         threading.stack_size(STACK_SIZE)        # musl would give a thread 128 KiB
-        super().__init__((self.limits["host"], self.limits["port"]), Handler)
+        super().__init__((self.settings["host"], self.settings["port"]), Handler)
 
     @property
-    def limits(self) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         return self.service.configuration.settings
 
     @property
@@ -1540,7 +1542,7 @@ class Server(http.server.ThreadingHTTPServer):
         # resolver (bpo-35164).
         socketserver.TCPServer.server_bind(self)
 
-    # In the accepting thread, where nothing may wait.
+    # These two are called in the accepting thread, where nothing may wait.
 
     def get_request(self) -> Any:
         try:
@@ -1553,22 +1555,22 @@ class Server(http.server.ThreadingHTTPServer):
             raise OSError from error        # which the loop survives
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        connection, peer = request, client_address[0]       # request is socketserver's word for it
-        client, limits = client_key(peer), self.limits
-        trusted = any(parse_address(peer) in network for network in limits["trusted_proxies"])
+        connection, peer = request, client_address[0]
+        client, settings = client_key(peer), self.settings
+        trusted = any(parse_address(peer) in network for network in settings["trusted_proxies"])
         with self.changed:
             served = [stream.client for stream in self.streams.values() if not stream.refused]
-            refused = len(served) >= limits["max_connections"] or (
-                not trusted and served.count(client) >= limits["max_connections_per_client"])
+            refused = len(served) >= settings["max_connections"] or (
+                not trusted and served.count(client) >= settings["max_connections_per_client"])
             if refused and len(self.streams) - len(served) >= MAX_REFUSED:
-                self.close_request(request)
+                self.close_request(request)     # which takes the lock once more: it is reentrant
                 return
             self.streams[connection] = Stream(
                 connection, client, refused,
-                REFUSED_SECONDS if refused else limits["request_timeout"])
+                REFUSED_SECONDS if refused else settings["request_timeout"])
         super().process_request(request, client_address)
 
-    # In the connection's thread.
+    # And these in the connection's thread, as a rule.
 
     def close_request(self, request: Any) -> None:
         # Called in the end whatever happened, unlike Handler.finish: here the place is given back.
@@ -1582,7 +1584,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("- connection: %s", describe(sys.exc_info()[1] or Exception()))
 
-    # In the main thread.
+    # And this in the main thread.
 
     def leave(self, seconds: float) -> None:
         """Accept no more, let requests in flight finish for as long as this."""
@@ -1597,6 +1599,9 @@ class Server(http.server.ThreadingHTTPServer):
 # ---------------------------------------------------------------------------------------------
 # The pushing side
 # ---------------------------------------------------------------------------------------------
+
+# All above is the server, all below its tools: it is told what to do by a Configuration, and
+# started by the commands.
 
 ATTEMPTS = 5                        # further ones after a fault of the connection or the server
 MAX_WAITS = 100                     # of 429 and 503 in a row, before a page is given up
@@ -2341,6 +2346,16 @@ def configuration_for(arguments: Arguments) -> Configuration:
         key: given[key] for key in ("host", "port") if key in given})
 
 
+def log_to(handler: logging.Handler) -> None:
+    """Each line begins with the time, in UTC, as ISO 8601 has it."""
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
 def command_serve(arguments: Arguments) -> int:
     """Run the server until SIGTERM or Ctrl-C."""
     log_to(logging.StreamHandler(sys.stderr))
@@ -2365,7 +2380,7 @@ def command_serve(arguments: Arguments) -> int:
         return 1
     log.info("stopping; a second signal stops at once")
     server.leave(SHUTDOWN_TIMEOUT)
-    service.roster.close()
+    service.close()
     log.info("stopped")
     return 0
 
@@ -2460,11 +2475,11 @@ def application(environ: Mapping[str, Any],
         response = service.handle(request)
     except CommandError as error:
         log.error("%s", "\n".join(error.args))
-        response = Response.of_refusal(Refusal("server_error", request_id=request.id))
+        response = Response.of_refusal(Refusal("server_error", request_id=request.id)).to(request)
         log_request(request, response)
     status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
     start_response(status, list(response.headers))
-    return [b"" if request.method == "HEAD" else response.body]
+    return [response.body]
 
 
 def command_secret(arguments: Arguments) -> int:
@@ -2740,7 +2755,7 @@ def command_demo(arguments: Arguments) -> int:
             while not arguments.once:
                 time.sleep(3600)
         server.leave(SHUTDOWN_TIMEOUT)
-        service.roster.close()
+        service.close()
         log.handlers[0].close()
     return 0
 
@@ -2772,11 +2787,11 @@ def demo_steps(url: str, secret: str) -> None:
     print("", *("  {:<42} {}  {}".format(*line) for line in done), sep="\n")
 
 
-DATE = matching("[0-9]{4}-[0-9]{2}-[0-9]{2}", "a date, YYYY-MM-DD",
-                lambda text: time.strptime(text, "%Y-%m-%d") and text)
-HOURS = matching(r"[0-9]{1,6}(\.[0-9]{1,6})?", "a number of hours", float)
-MAPPING = matching(f"(?s)({'|'.join(NAMES)})=.+", "FIELD=HEADER, FIELD being one of "
-                   + ", ".join(NAMES), lambda text: text.split("=", 1))
+DATE = Kind("a date, YYYY-MM-DD", lambda text: time.strptime(text, "%Y-%m-%d") and text,
+            "[0-9]{4}-[0-9]{2}-[0-9]{2}")
+HOURS = Kind("a number of hours", float, r"[0-9]{1,6}(\.[0-9]{1,6})?")
+MAPPING = Kind("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
+               lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
 
 
 ANY_TEXT = Kind("", str)
