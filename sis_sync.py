@@ -340,9 +340,8 @@ class Configuration(NamedTuple):
 
 def institution_of(authorization: str,
                    institutions: Iterable[Institution]) -> Institution | None:
-    """Whose secret this Authorization header holds (RFC 6750 section 2.1). Every digest is
-    compared, whatever came before, so that the time it takes tells nothing; as bytes, since
-    compare_digest raises TypeError for a str beyond ASCII, which a stranger may send."""
+    """Whose secret this Authorization header holds (RFC 6750 section 2.1). All are compared, so
+    that the time tells nothing; as bytes, as a str beyond ASCII has compare_digest raise."""
     scheme, _, secret = authorization.partition(" ")
     sent = secret.strip(" ").encode("latin-1", "replace")[:MAX_SECRET + 1]
     digest = hashlib.sha256(sent).digest()
@@ -1075,9 +1074,8 @@ class Service:
         self.configuration = configuration
         self.limiter = RateLimiter()
         self.roster = Roster(configuration.settings["database"])
-        # One batch at a time is parsed, checked and stored, so that one tree of objects is in
-        # memory and not many. It is no slower: Python runs one thread at a time in any case, and
-        # at each statement a batch would wait for another thread's slice of 5 ms to be over.
+        # One batch at a time is parsed, checked and stored: one tree of objects in memory, and none
+        # that waits at each statement for another thread's 5 ms of Python to be over.
         self.turn = threading.Lock()
         self._bodies = 0                # bytes that bodies in flight take, or may take
         self._room = threading.Condition()
@@ -1228,8 +1226,7 @@ def describe(error: BaseException) -> str:
 
 
 def log_request(request: Request, response: Response) -> None:
-    """One line: id, client, institution, method, path, status, rows received/imported/rejected,
-    milliseconds, and the error. The time stands in front of it."""
+    """One line, behind its time; its rows are received/imported/rejected."""
     # What a client wrote must not forge a line of the log, or steer the terminal that shows it.
     method, path = (re.sub(r"[^!-\[\]-~]", lambda match: f"\\x{ord(match[0]):02x}", text[:200])
                     for text in (request.method, request.path))
@@ -1429,8 +1426,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if modern and headers.get("expect", "").lower() == "100-continue":
             # Only now: who is refused by the headers alone need not send the body.
             with contextlib.suppress(OSError):
-                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self.wfile.flush()
+                self.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if "transfer-encoding" in headers:
             yield from self.chunks()
         else:
