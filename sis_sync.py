@@ -81,7 +81,7 @@ log = logging.getLogger("sis_sync")
 
 # Unicode's White_Space beyond ASCII, as the inside of a character class. str.strip() and \s would
 # also take U+001C to U+001F, which are control characters; and every language has its own \s.
-WIDE_SPACE = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+WIDE_SPACE = r"\x85\xa0" "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # Half of a surrogate pair passes JSON, and then SQLite can't store it: the batch would sink.
 SURROGATES = "\ud800-\udfff"
 FORBIDDEN = rf"[\x00-\x1f\x7f{SURROGATES}]"
@@ -1874,10 +1874,16 @@ RESULTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def schema_of(field: Field) -> dict[str, Any]:
-    kind = "string" if field.kind is str else "boolean"
-    rule = {"minLength": field.shortest, "maxLength": field.longest,
-            "pattern": f"^{field.pattern.replace(SURROGATES, '')}$"} if field.kind is str else {}
-    return schema(kind if field.required else [kind, "null"], field.example, field.meaning, **rule)
+    if field.kind is bool:
+        return schema(["boolean", "null"][:2 - field.required], field.example, field.meaning)
+    # Generators write patterns into source code, where a line separator would end the line: U+2028
+    # and U+2029 become part of a range.
+    rule = field.pattern.replace(SURROGATES, "").replace("\u2028\u2029\u202f", "\u2027-\u202f")
+    if field.required:
+        return schema("string", field.example, field.meaning, minLength=field.shortest,
+                      maxLength=field.longest, pattern=f"^{rule}$")
+    return schema(["string", "null"], field.example, field.meaning,
+                  maxLength=field.longest, pattern=f"^(?:{rule})?$")
 
 
 def openapi_document(max_students: int) -> dict[str, Any]:
@@ -1885,7 +1891,7 @@ def openapi_document(max_students: int) -> dict[str, Any]:
     server accepts; enums and patterns are plain, as generators and Go take no others."""
     student = record({field.name: schema_of(field) for field in FIELDS},
                      required=[field.name for field in FIELDS if field.required],
-                     description="The whole record: a field left out becomes null.")
+                     description="The whole record: a field left out, or blank, becomes null.")
     batch = record({COHORT.name: schema_of(COHORT), "students": schema(
         "array", student["examples"], f"each {KEY.name} once: a further row of it is reported",
         maxItems=max_students, items={"$ref": "#/components/schemas/Student"})})
@@ -1893,6 +1899,7 @@ def openapi_document(max_students: int) -> dict[str, Any]:
         "description": "UTF-8, plain or with Content-Encoding: gzip; chunked is fine.",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Batch"}}},
         "required": True}}
+    schemas = {"Student": student, "Batch": batch, "RowError": ROW_ERROR}
     return {
         "openapi": "3.1.0",
         "info": {"title": "sis_sync", "version": __version__, "description":
@@ -1903,36 +1910,41 @@ def openapi_document(max_students: int) -> dict[str, Any]:
         "servers": [{"url": "/"}],
         "paths": {route.path: {route.method.lower(): {
             "operationId": route.answer.__name__, "summary": route.summary,
-            "responses": responses(route.answer.__name__),
+            "responses": responses(route.answer.__name__, schemas),
             **(posted if route.method == "POST" else {"security": []})}} for route in ROUTES},
         "components": {
             "securitySchemes": {"secret": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"Student": student, "Batch": batch, "RowError": ROW_ERROR}},
+            "schemas": schemas},
     }
 
 
-def responses(route: str) -> dict[str, Any]:
-    """The answers of a route by status: 200, and each error it can meet."""
-    words, result = RESULTS.get(route, ("done", {"type": "object"}))
-    answers: list[tuple[int, str, dict[str, Any], Sequence[str]]] = [(200, words, result, ())]
+def responses(route: str, schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The answers of a route by status: 200, and each error it can meet. Their schemas go to the
+    others, each under a name that a generator can call its class by."""
+    name = f"{route.title()}Result"
+    words, schemas[name] = RESULTS.get(route, ("done", {"type": "object"}))
+    answers: list[tuple[int, str, str, Sequence[str]]] = [(200, words, name, ())]
     errors = [error for error in ERRORS if error.only in ("", route)]
     for status in sorted({error.status for error in errors}):
         here = [error for error in errors if error.status == status]
         codes = list(dict.fromkeys(error.code for error in here))
+        name = codes[0].title().replace("_", "") if len(codes) == 1 else f"{route.title()}{status}"
         parts = {"error": schema("string", codes[0], "what to switch on", enum=codes),
                  "detail": schema("string", here[0].meaning, "words for a person"),
                  **{name: CARRIED[name] for error in here for name in error.carries}}
         always = set.intersection(*({"error", "detail", *error.carries} for error in here))
         examples = [{"error": error.code, "detail": error.meaning, **{
             name: CARRIED[name]["examples"][0] for name in error.carries}} for error in here]
-        answers.append((status, "; ".join(f"{error.code}: {error.meaning}" for error in here),
-                        record(parts, required=sorted(always), examples=examples),
-                        [name for error in here for name in error.headers]))
+        schemas.setdefault(name, record(parts, required=sorted(always), examples=examples))
+        answers.append((status, "; ".join(f"{error.code}: {error.meaning}" for error in here), name,
+                        [header for error in here for header in error.headers]))
     return {str(status): {
-        "description": words, "content": {"application/json": {"schema": parts}},
-        "headers": {name: {"description": HEADERS[name], "schema": {"type": "string"}}
-                    for name in ("X-Request-ID", *headers)}}
-        for status, words, parts, headers in answers}
+        "description": words,
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}},
+        "headers": {header: {"description": HEADERS[header], "schema": {
+            "type": "integer" if header == "Retry-After" else "string"}}
+            for header in ("X-Request-ID", *headers)}}
+        for status, words, name, headers in answers}
 
 
 # ---------------------------------------------------------------------------------------------
