@@ -286,12 +286,11 @@ class Refusal(Exception):
 
 
 class RowError(NamedTuple):
-    """What is wrong with a row, from the check to the history, the answer and the pushing side,
-    which has two codes of its own for what only a file shows."""
+    """What is wrong with a row, from the check to the history, the answer and the pushing side."""
 
     row: int                        # from 1; 0 as long as only the value is known
     field: str | None
-    error: str                      # a code of ROW_ERRORS
+    error: str                      # a code of ROW_ERRORS, or of student_of for a file's faults
     message: str                    # words for a person; never the value, which is personal
 
 
@@ -572,13 +571,18 @@ def parse_json(body: bytes | bytearray) -> object:
 def check_shape(body: bytearray, most: int) -> None:
     """Refuse what can't be a batch of so many students before it becomes a tree of objects, which
     may take 50 times the memory of its text. Raises Refusal batch_too_large, malformed_json."""
-    # The commas of a small body are not counted: it can't become a large tree.
-    if (body.count(b"{") + body.count(b"[") > MAX_OBJECTS * (most + 1)
-            or len(body) > 2 << 20 and body.count(b",") > MAX_VALUES * (most + 1)):
+    # Names hold such marks, too, and the commas of a small body can't become a large tree.
+    room = max(most, 5000) + 1
+    if (body.count(b"{") + body.count(b"[") > MAX_OBJECTS * room
+            or len(body) > 2 << 20 and body.count(b",") > MAX_VALUES * room):
         if re.match(rb"(?:[^\[\]{}]*[\[{]){200}", body):       # none of them closed
             raise Refusal("malformed_json", "the body is nested too deep")
         raise Refusal("batch_too_large", f"far more values than {most} students have: "
                       "send smaller batches", max=most)
+
+
+# Kept, as 5,000 bad rows may ask for that of a list of thousands.
+casefolded = functools.lru_cache(64)(lambda listed: frozenset(map(str.casefold, listed)))
 
 
 def check_value(field: Field, value: object, listed: frozenset[str]) -> str | int | None | RowError:
@@ -602,7 +606,7 @@ def check_value(field: Field, value: object, listed: frozenset[str]) -> str | in
         words = f"must be {field.meaning}"
     elif listed and value not in listed:
         error, words = LISTS[field.listed], f"is not in the institution's list of {field.listed}"
-        if value.casefold() in map(str.casefold, listed):
+        if value.casefold() in casefolded(listed):
             words += "; one that is differs in case alone"
     else:
         return value
@@ -662,11 +666,6 @@ def misplaced(name: str, found: Mapping[str, object], where: str) -> str:
 def folded(name: str) -> str:
     """"Student ID (ext)", "student-id-ext" and "StudentIdExt" are one."""
     return re.sub(r"[\W_]+", "", name.casefold())
-
-
-def printable(text: str) -> str:
-    """Words from elsewhere, without what steers a terminal."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def check_rows(students: Sequence[Any],
@@ -784,13 +783,14 @@ def create(connection: sqlite3.Connection) -> None:
 def give_rowids(connection: sqlite3.Connection) -> None:
     """Version 1 kept the entries WITHOUT ROWID, in the order of their key."""
     columns = dict(row[1:3] for row in connection.execute("PRAGMA table_info(entries)"))
-    names = ", ".join(columns)
+    names = ", ".join(f'"{name}"' for name in columns)
+    connection.execute("PRAGMA legacy_alter_table = ON")        # views of the operator's stay
     connection.execute("ALTER TABLE entries RENAME TO entries_1")
     connection.execute(f"CREATE TABLE entries ({TABLES['entries']})")
     add_columns(connection, columns)        # also what is no field any more is kept
     connection.execute(f"INSERT INTO entries ({names}) SELECT {names} FROM entries_1")
     connection.execute("DROP TABLE entries_1")
-    connection.execute("DROP INDEX syncs_by_time")
+    connection.execute("DROP INDEX IF EXISTS syncs_by_time")
     connection.execute(SYNCS_INDEX)
 
 
@@ -827,7 +827,7 @@ class Roster:
 
     def __init__(self, path: str) -> None:
         """Open, create or migrate. Raises CommandError for a file that can't be used."""
-        self.path = path
+        self.path = path = os.path.realpath(path)   # beside which SQLite has -wal and -shm
         self.warning = ""               # what an operator should know of the database, now
         self._connection: sqlite3.Connection | None = None
         self._files: list[tuple[int, int] | None] = []      # which they were, when it was opened
@@ -867,15 +867,18 @@ class Roster:
         return files
 
     def close(self) -> None:
-        """Close; the last one to do so brings everything from the WAL into the database file."""
-        connection, self._connection = self._connection, None
-        if connection:
-            connection.close()
-            database, wal = self._look()
-            if wal and wal == self._files[1] and database != self._files[0]:
-                # The log is found by its name: a database put in the place of ours would apply it.
-                for suffix in ("-wal", "-shm"):
-                    pathlib.Path(self.path + suffix).unlink()
+        """Bring the WAL into the database file, and close. By itself SQLite does so only for the
+        last of several, and if the file is where it was; if it is not, ours may be the only hold of
+        it, which is kept as long as a reader is in the way. Raises sqlite3.Error."""
+        if self._connection:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            moved = self._look() != self._files
+            held, *_ = self._connection.execute(
+                f"PRAGMA wal_checkpoint({'TRUNCATE' if moved else 'PASSIVE'})").fetchone()
+            if not (moved and held):
+                self._connection.close()
+                self._connection = None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -895,7 +898,7 @@ class Roster:
             self._watch(os.path.getsize(f"{self.path}-wal"))
         except BaseException as error:
             with contextlib.suppress(sqlite3.Error, OSError):
-                self.close()            # and nothing is half done
+                self.close()            # and nothing is half done, also after busy
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise Refusal("busy", "the database is locked: try again",
                               retry_after=BUSY_RETRY_AFTER) from error
@@ -1011,7 +1014,7 @@ def add_columns(connection: sqlite3.Connection, columns: Mapping[str, str]) -> b
     there = {row[1] for row in connection.execute("PRAGMA table_info(entries)")}
     for name in columns:
         if name not in there:
-            connection.execute(f"ALTER TABLE entries ADD COLUMN {name} {columns[name]}")
+            connection.execute(f"ALTER TABLE entries ADD COLUMN \"{name}\" {columns[name]}")
     return not set(columns) <= there
 
 
@@ -1103,10 +1106,11 @@ class Service:
         log_request(request, response)
         return response
 
-    def close(self) -> None:
+    def close(self, seconds: float = BUSY_TIMEOUT) -> None:
         """Give the database up, unless a batch outlasts the time it had to finish."""
-        if self.turn.acquire(timeout=BUSY_TIMEOUT):
-            self.roster.close()
+        if self.turn.acquire(timeout=max(0.0, seconds)):
+            with contextlib.suppress(sqlite3.Error):
+                self.roster.close()
 
     def route(self, request: Request) -> Response:
         """Raises Refusal, in the order of the contract: HTTP itself, path, method."""
@@ -1502,7 +1506,8 @@ def is_host(text: str) -> bool:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A thread for each connection; how many there may be is decided here."""
+    """A thread for each connection; how many there may be is decided here. get_request and
+    process_request run in the accepting thread, where nothing may wait; leave in the main one."""
 
     daemon_threads = True
     block_on_close = False          # leave() waits, and not for ever
@@ -1541,8 +1546,6 @@ class Server(http.server.ThreadingHTTPServer):
         # resolver (bpo-35164).
         socketserver.TCPServer.server_bind(self)
 
-    # These two are called in the accepting thread, where nothing may wait.
-
     def get_request(self) -> Any:
         try:
             return super().get_request()
@@ -1569,8 +1572,6 @@ class Server(http.server.ThreadingHTTPServer):
                 REFUSED_SECONDS if refused else settings["request_timeout"])
         super().process_request(request, client_address)
 
-    # And these in the connection's thread, as a rule.
-
     def close_request(self, request: Any) -> None:
         # Called in the end whatever happened, unlike Handler.finish: here the place is given back.
         with self.changed:
@@ -1582,8 +1583,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("- connection: %s", describe(sys.exc_info()[1] or Exception()))
-
-    # And this in the main thread.
 
     def leave(self, seconds: float) -> None:
         """Accept no more, let requests in flight finish for as long as this."""
@@ -1984,6 +1983,8 @@ def open_roster_file(path: str, mapping: Mapping[str, str], encoding: str = "") 
         file.seek(0)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror or error}") from error
+    if b"\0" in start[:4]:
+        start = b"\xff\xfe"             # UTF-16 without its mark
     for signature in filter(start.startswith, NO_CSV):
         raise CommandError(f"{path}: is {NO_CSV[signature]}; save it as \"CSV UTF-8\"")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
@@ -2009,7 +2010,7 @@ class Table:
         self.text = io.TextIOWrapper(file, self.encoding, newline="")
         first = next(filter(str.strip, self.text), "")
         # The delimiter stands most often in the header, outside quotes; Excel may say it before.
-        stated = re.fullmatch(r"sep=(.)\s*", first)
+        stated = re.fullmatch(r'sep=([^"\s\0]|\t)\s*', first)
         self.delimiter = stated[1] if stated else max(
             ",;\t", key=re.sub(r'"[^"]*"', "", first).count)
         self.header_line = 0
@@ -2225,12 +2226,16 @@ class Reading:
         parser.optionxform = str  # type: ignore[assignment,method-assign]  # a key is spelt one way
         try:
             # Notepad writes a BOM, and the locale's encoding is not UTF-8 everywhere.
-            parser.read_string(file.read_text("utf-8-sig"))
+            text = file.read_text("utf-8-sig")
+            self.faults += [f"line {number}: after [section] nothing may stand"
+                            for number, line in enumerate(text.splitlines(), 1)
+                            if re.match(r"\[[^]]*\]\s*\S", line)]     # it would be passed over
+            parser.read_string(text)
             return {section: dict(parser[section]) for section in parser.sections()}
         except (OSError, UnicodeDecodeError) as error:
             self.faults.append("cannot be read: " + getattr(error, "strerror", "it is not UTF-8"))
         except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
-            key = getattr(error, "option", "")
+            key = shown(getattr(error, "option", ""))
             self.faults.append(f"[{error.section}] {key}: stands twice (line {error.lineno})")
         except configparser.MissingSectionHeaderError as error:
             self.faults.append(f"line {error.lineno}: stands before the first [section]")
@@ -2243,7 +2248,7 @@ class Reading:
     def section(self, section: str, table: str, found: Mapping[str, str]) -> dict[str, Any]:
         """The values of one section as SETTINGS says, defaults filled in."""
         known = {setting.key: setting for setting in SETTINGS if setting.section == table}
-        self.faults += [f"[{section}] {key}: unknown key; allowed: {', '.join(known)}"
+        self.faults += [f"[{section}] {shown(key)}: unknown key; allowed: {', '.join(known)}"
                         + nearest(key, [*known]) for key in found if key not in known]
         values: dict[str, Any] = {}
         for key, setting in known.items():
@@ -2255,9 +2260,9 @@ class Reading:
                 values[key] = setting.kind.read(text)
             except ValueError:
                 # A secret written where its source belongs must not travel on into a log.
-                shown = "something else" if setting.kind is SECRETS else repr(text[:60])
+                found_text = "something else" if setting.kind is SECRETS else repr(text[:60])
                 self.faults.append(
-                    f"[{section}] {key}: found {shown}; allowed: {setting.kind.allowed}{hint}")
+                    f"[{section}] {key}: found {found_text}; allowed: {setting.kind.allowed}{hint}")
         return values
 
     def digests(self, name: str, sources: Iterable[str]) -> Iterator[bytes]:
@@ -2316,6 +2321,11 @@ class Reading:
         return context
 
 
+def shown(key: str) -> str:
+    """A key; but what looks like none may be a secret, on a line of its own and with an = in it."""
+    return key if re.fullmatch("[A-Za-z_-]{0,30}", key) else "what is before the ="
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -2342,6 +2352,11 @@ def secret_fault(secret: bytes) -> str:
 # ---------------------------------------------------------------------------------------------
 
 Arguments = argparse.Namespace
+
+
+def printable(text: str) -> str:
+    """Words from elsewhere, without what steers a terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def say(*lines: str) -> None:
@@ -2390,8 +2405,9 @@ def command_serve(arguments: Arguments) -> int:
         log.critical("nothing is accepted any more: the end")
         return 1
     log.info("stopping; a second signal stops at once")
+    until = time.monotonic() + SHUTDOWN_TIMEOUT
     server.leave(SHUTDOWN_TIMEOUT)
-    service.close()
+    service.close(until - time.monotonic())
     log.info("stopped")
     return 0
 
@@ -2704,7 +2720,8 @@ def stale(connection: sqlite3.Connection, institutions: Iterable[Institution], m
     """1, and a line each, if an institution has not pushed for so many seconds. The last sync is
     the last to arrive; one from the future is as odd as one from long ago."""
     last = {name: sync for name, *sync in connection.execute(
-        "SELECT institution, time, strftime('%s', time), max(sync_id) FROM history GROUP BY 1")}
+        "SELECT institution, coalesce(time, 'at no time that there is'), "
+        "coalesce(strftime('%s', time), 0), max(sync_id) FROM history GROUP BY 1")}
     status = 0
     for institution in institutions:
         told, seconds, _ = last.get(institution.name, ("never", 0, 0))

@@ -2027,6 +2027,16 @@ class TestConfiguration:
             self, tmp_path: pathlib.Path, text: str, fault: str) -> None:
         assert fault in faults_of(tmp_path, text)
 
+    def test_a_secret_on_a_line_of_its_own_is_not_shown_as_a_key(self, tmp_path: pathlib.Path) -> None:
+        secret = "c2VjcmV0LW9mLW1pbmUtMTIzNDU2Nzg5MA=="
+        for text in (f"secrets =\n{secret}\n", f"{secret}\n{secret}\n"):
+            (fault,) = faults_of(tmp_path, f"[institution a]\n{text}")
+            assert "what is before the =" in fault and "c2Vj" not in fault
+
+    def test_what_stands_after_a_section_s_name_is_refused_not_passed_over(self, tmp_path: pathlib.Path) -> None:
+        assert faults_of(tmp_path, "[server]\n[limits] max_students = 5\n") == [
+            "line 2: after [section] nothing may stand"]
+
     def test_a_bom_and_a_percent_sign_do_no_harm(self, tmp_path: pathlib.Path) -> None:
         configuration = configuration_of(tmp_path, "\ufeff[server]\ndatabase = 100%s.db\n")
         assert configuration.settings["database"] == str(tmp_path / "100%s.db")
@@ -3220,6 +3230,49 @@ class TestDatabase:
             process.stop()
             assert process.rows("PRAGMA integrity_check") == [("ok",)]
             assert process.rows("SELECT count(*) FROM entries") == [(3000,)]
+
+    @posix
+    def test_a_database_that_is_moved_and_moved_back_has_all_that_was_answered(self, tmp_path: pathlib.Path) -> None:
+        """SQLite does not empty the log of a file that is not where it was: the server must, and keep it."""
+        with running(tmp_path, ini_of()) as process:
+            assert process.push(*(student(number) for number in range(1000))).status == 200
+            os.rename(process.database, tmp_path / "moved.db")
+            assert process.push(student("meanwhile")).code == "server_error"
+            os.rename(tmp_path / "moved.db", process.database)
+            assert process.push(student("later")).document["details"]["imported"] == 1
+            process.stop(signal.SIGKILL)
+            assert process.rows("PRAGMA integrity_check") == [("ok",)]
+            assert process.rows("SELECT count(*) FROM entries") == [(1002,)]
+
+    @posix
+    def test_a_log_that_is_deleted_while_another_reads_is_not_given_up(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process, contextlib.closing(sqlite3.connect(process.database)) as reader:
+            reader.execute("SELECT count(*) FROM syncs").fetchall()
+            assert process.push(*(student(number) for number in range(1000))).status == 200
+            pathlib.Path(f"{process.database}-wal").unlink()
+            assert process.push(student("meanwhile")).code == "server_error"
+            process.stop(signal.SIGKILL)
+            shutil.copy(process.database, tmp_path / "copy.db")
+            with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as connection:
+                assert connection.execute("SELECT count(*) FROM entries").fetchone()[0] >= 1000
+
+    @posix
+    def test_a_stop_brings_all_into_the_database_file_though_another_has_it_open(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process, contextlib.closing(sqlite3.connect(process.database)) as reader:
+            reader.execute("SELECT count(*) FROM syncs").fetchall()
+            process.push(*(student(number) for number in range(1000)))
+            assert process.stop() == 0
+            shutil.copy(process.database, tmp_path / "copy.db")
+            with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as connection:
+                assert connection.execute("SELECT count(*) FROM entries").fetchone() == (1000,)
+
+    @posix
+    def test_a_database_may_be_a_symbolic_link(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "sis_sync.db").symlink_to(tmp_path / "data" / "real.db")
+        with running(tmp_path, ini_of()) as process:
+            assert [process.push(student(number)).status for number in range(2)] == [200, 200]
+        assert (tmp_path / "data" / "real.db").exists()
 
     @linux
     def test_a_full_disk_is_a_500_that_stores_nothing_and_then_it_goes_on(self, tmp_path: pathlib.Path) -> None:
