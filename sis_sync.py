@@ -1451,6 +1451,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not size:
                 break
             total += size
+            check_length(total, self.server.settings)       # also what is only promised
             if number > MAX_SMALL_CHUNKS and total < MEAN_PIECE * number:
                 raise Refusal("malformed_request", "the body comes in too many small chunks")
             yield from exactly(size, self.rfile.read1)
@@ -2307,7 +2308,7 @@ class Reading:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # In TLS 1.2 a client may ask for one handshake after the other, at next to no cost to it.
-        context.options |= ssl.OP_NO_RENEGOTIATION
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)       # PyPy 3.9 does not name it
         # An end without a good-bye, which stopping makes, must not keep the answer from being sent.
         context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)      # from Python 3.10
         try:

@@ -64,6 +64,7 @@ MODULE = HERE / "sis_sync.py"
 SECRET = "sis_a-secret-for-the-tests-only"
 OTHER_SECRET = "sis_another-secret-for-the-tests"
 SYNC = sis_sync.SYNC_PATH
+cpython = pytest.mark.skipif(sys.implementation.name != "cpython", reason="measures CPython's memory")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
 FAST = "requests_per_minute = 100000\n"
@@ -2524,8 +2525,9 @@ class TestBodies:
         assert (answer.status, answer.document["max_bytes"]) == (413, 8388608)
 
     def test_a_promised_chunk_is_not_waited_for_beyond_the_cap(self, server: Process) -> None:
-        data = head_of(Transfer_Encoding="chunked") + b"FFFFFFFFFF\r\n" + b" " * (8 << 20) + b"xx"
-        assert server.exchange(data).code == "batch_too_large"
+        for sent in (b" " * (8 << 20) + b"xx", b""):
+            data = head_of(Transfer_Encoding="chunked") + b"FFFFFFFFFF\r\n" + sent
+            assert server.exchange(data).code == "batch_too_large"
 
     def test_no_body_at_all_is_an_empty_one(self, server: Process) -> None:
         assert server.exchange(head_of()).document["detail"] == "the body is empty"
@@ -2778,6 +2780,7 @@ class TestTLS:
             answers = TestCrowds.burst(lambda: self.exchange(process, certificate, head_of("GET", "/healthz")), 100)
             assert {(answer.status, answer.code) for answer in answers} == {(503, "busy")}
 
+    @pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python can't forbid it")
     def test_a_client_may_not_renegotiate(self, tmp_path: pathlib.Path, certificate: pathlib.Path) -> None:
         context = configuration_of(tmp_path, f"[server]\ntls_certificate = {certificate}\n"
                                    f"tls_key = {certificate.with_suffix('.key')}\n").tls
@@ -2962,6 +2965,7 @@ class TestLeaving:
                 assert parse_answer(read_to_end(connection)).status == 200
 
     @linux
+    @cpython
     def test_memory_that_runs_out_costs_one_request_a_500(self, tmp_path: pathlib.Path) -> None:
         import resource
         with running(tmp_path, ini_of(limits=FAST + "max_students = 100000"),
@@ -3373,7 +3377,7 @@ ODD_NAMES = ("O'Brien", "Nguyễn", "Zoë", "王", "👩\u200d🎓", 'a "b" \\',
 def first_edition(path: pathlib.Path, changes: str = "") -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """A database of the first edition; its roster, with institution and cohort, and its history."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA journal_mode = WAL").fetchall()
         connection.executescript(FIRST_SCHEMA + changes)
         entries, numbers = [], itertools.count()
         for roster_id, (institution, cohort) in enumerate(itertools.product(("a", "b-2"), ("2026", "É 1;2")), 7):
@@ -4397,7 +4401,7 @@ class TestExport:
 
     @pytest.mark.parametrize("fault, words", [
         ("no database", "file is not a database"), ("newer", "newer than"), ("other", "a database of another program"),
-        ("folder", "unable to open database file"), ("not ours", "unable to open database file")])
+        ("folder", "open database"), ("not ours", "open database")])
     def test_a_database_that_can_t_be_read_is_named_and_why(self, tmp_path: pathlib.Path, fault: str,
                                                             words: str) -> None:
         (tmp_path / "test.ini").write_text("[server]\ndatabase = odd.db\n")
@@ -4875,6 +4879,7 @@ def settled(process: Process, threads: int) -> bool:
 
 
 @linux
+@cpython
 def test_thousands_of_mutated_requests_do_no_harm(tmp_path: pathlib.Path) -> None:
     with running(tmp_path, ini_of(limits=FAST + "request_timeout = 5")) as process:
         pick = random.Random(2026)
