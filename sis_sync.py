@@ -2014,7 +2014,7 @@ class Table:
         stated = re.fullmatch(r'sep=([^"\s\0]|\t)\s*', first)
         self.delimiter = stated[1] if stated else max(
             ",;\t", key=re.sub(r'"[^"]*"', "", first).count)
-        self.header_line = 0
+        self.header_line = 0            # until it is known, records() begins with it
         self.header_line, header = next(self.records(), (0, []))
         self.header = [cell.strip() for cell in header]
         if not header:
