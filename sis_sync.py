@@ -27,6 +27,7 @@ import collections
 import configparser
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -414,7 +415,6 @@ class RateLimiter:
 # What is stripped from around a value: white space, and the line ends and tabs among it.
 WHITE_SPACE = "\t\n\v\f\r" + "".join(
     chr(code) for code in range(0x20, 0x3001) if re.fullmatch(f"[ {WIDE_SPACE}]", chr(code)))
-
 # SQLite has no booleans. A bool given to the sqlite3 module goes by way of its adapters, which
 # makes storing a row a quarter slower.
 STORED = {None: None, False: 0, True: 1}
@@ -546,24 +546,27 @@ DECODER = json.JSONDecoder(parse_int=number(int), parse_float=number(float),
                            parse_constant=lambda name: no_json(f"{name} is not JSON"))
 
 
-def parse_json(body: bytes | bytearray) -> object:
-    """Raises Refusal malformed_json, with where and why, and what the body looks like instead."""
+def parse_json(body: bytearray) -> object:
+    """Empties the body. Raises Refusal malformed_json, with why, and what it looks like instead."""
+    start = bytes(body[:PIECE])
     try:
         # json.loads(bytes) would guess UTF-16 and let half surrogates through. PowerShell and .NET
         # put a BOM in front, which "sig" takes off.
-        return DECODER.decode(body.decode("utf-8-sig"))
+        text = body.decode("utf-8-sig")
+        body.clear()                # text and tree are enough to have in memory
+        return DECODER.decode(text)
     except UnicodeDecodeError as error:
         reason = f"the body is not UTF-8 at byte {error.start}: send it as UTF-8, with " \
                  "Content-Type: application/json; charset=utf-8"
     except RecursionError:
         reason = "the body is nested too deep"
     except ValueError as error:     # json.JSONDecodeError is one
-        reason = f"the body is not JSON: {error}" if body else "the body is empty"
-    if body.startswith(b"\x1f\x8b"):
+        reason = f"the body is not JSON: {error}" if start else "the body is empty"
+    if start.startswith(b"\x1f\x8b"):
         reason += "; it is gzip: say so with Content-Encoding: gzip"
-    elif b"\0" in body[:4]:
+    elif b"\0" in start[:4]:
         reason += "; it looks like UTF-16 or UTF-32"
-    elif re.match(rb"\{[^\n]*\}\r?\n\{", body):
+    elif re.match(rb"\{[^\n]*\}\r?\n\{", start):
         reason += "; it looks like a document in each line: send one, with all in students"
     raise Refusal("malformed_json", reason)
 
@@ -798,7 +801,6 @@ def give_rowids(connection: sqlite3.Connection) -> None:
 # version 2 at once, and from there on the way of all others: a change of the schema is one more
 # item here, and none of TABLES. A new field needs nothing.
 MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {0: create, 1: give_rowids}
-
 ROWS_AT_ONCE = (999 - 4) // len(FIELDS)     # SQLite before 3.32 takes 999 variables
 
 
@@ -955,8 +957,7 @@ class Roster:
             if self._connection and self._look() != self._files:
                 return False
             with contextlib.closing(open_database(self.path, read_only=True)) as connection:
-                connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
-                return True
+                return connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall() is not None
         except (sqlite3.Error, OSError):
             return False
 
@@ -1037,7 +1038,6 @@ def schema_version(connection: sqlite3.Connection) -> int:
 # ---------------------------------------------------------------------------------------------
 
 SYNC_PATH = "/api/sis/sync"
-
 # RFC 9110 section 9 and RFC 5789: any other method is unknown, not merely out of place.
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 
@@ -1646,7 +1646,7 @@ class Push:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        return max(time.monotonic() - self.started, 0.001)     # a clock may stand still for so long
 
     def run(self, rows: Iterable[Row], page_size: int) -> None:
         """Send all rows, page by page. Raises CommandError where the server says no for good."""
@@ -1721,13 +1721,12 @@ class Push:
         """How far it is: a bar on a terminal, elsewhere a line for each page."""
         text = f"{self.done:,} of {self.total:,} students"
         if self.done:
-            rate = self.done / max(self.seconds, 0.001)
-            left = math.ceil(max(0, self.total - self.done) / rate)
-            text += f", {rate:,.0f}/s, {left // 60}:{left % 60:02} left"
-        text += f", {waiting}" * bool(waiting)
-        bar = "#" * (20 * self.done // max(self.total, 1))
-        self.write(f"\r\x1b[K{self.indent}[{bar:<20}] {text}" if self.bar
-                   else f"{self.indent}{text}\n")
+            left = math.ceil(self.seconds * (self.total - self.done) / self.done)
+            text += f", {self.done / self.seconds:,.0f}/s, {left // 60}:{left % 60:02} left"
+        text += f", {waiting}" if waiting else ""
+        share = "#" * (20 * self.done // max(self.total, 1))
+        bar = f"\r\x1b[K{self.indent}[{share:<20}] {text}"
+        self.write(bar if self.bar else f"{self.indent}{text}\n")
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError):      # a push goes on when nobody looks any more
@@ -1879,8 +1878,7 @@ RESULTS: dict[str, tuple[str, dict[str, Any]]] = {
 def schema_of(field: Field) -> dict[str, Any]:
     if field.kind is bool:
         return schema(["boolean", "null"][:2 - field.required], field.example, field.meaning)
-    # Generators write patterns into source code, where a line separator would end the line: U+2028
-    # and U+2029 become part of a range.
+    # Generators write patterns into source code, where U+2028 or U+2029 would end the line.
     rule = field.pattern.replace(SURROGATES, "").replace("\u2028\u2029\u202f", "\u2027-\u202f")
     if field.required:
         return schema("string", field.example, field.meaning, minLength=field.shortest,
@@ -1991,7 +1989,7 @@ def open_roster_file(path: str, mapping: Mapping[str, str], encoding: str = "") 
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
         return read_csv_file(Table(path, file, encoding), mapping)
     try:                                            # an array of students, or a request body
-        document = parse_json(file.read())
+        document = parse_json(bytearray(file.read()))
     except Refusal as refusal:
         raise CommandError(f"{path}: {refusal.detail.partition(': send')[0]}") from None
     students = document.get("students") if isinstance(document, dict) else document
@@ -2431,6 +2429,10 @@ def incoming_signals() -> queue.SimpleQueue[int]:
 
 def started(service: Service) -> Server:
     """A server that accepts, in a thread of its own. Raises CommandError if it can't listen."""
+    # Else glibc keeps, for each thread, what a large body once took: 20 of 8 MiB at once make the
+    # server grow by 213 MB, and so by half. (-3: M_MMAP_THRESHOLD; other systems have no mallopt.)
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 4 << 20)
     try:
         server = Server(service)
     except OSError as error:
