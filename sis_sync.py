@@ -1117,7 +1117,7 @@ class Service:
         # One configuration from here to the end, whatever SIGHUP does meanwhile.
         configuration = self.configuration
         request.client = client_of(request.peer, request.headers.get("x-forwarded-for", ""),
-                                        configuration.settings["trusted_proxies"])
+                                   configuration.settings["trusted_proxies"])
         check_framing(request.headers)
         if request.method not in METHODS:
             raise Refusal("not_implemented", "the method is unknown"
@@ -2823,8 +2823,6 @@ DATE = Kind("a date, YYYY-MM-DD", lambda text: time.strptime(text, "%Y-%m-%d") a
 HOURS = Kind("a number of hours", float, r"[0-9]{1,6}(\.[0-9]{1,6})?")
 MAPPING = Kind("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
                lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
-
-
 ANY_TEXT = Kind("", str)
 
 

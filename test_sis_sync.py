@@ -3796,8 +3796,8 @@ class TestRosterFiles:
         (b"email,email,student_id_ext\n", "two columns"), ("student_id_ext,email\n".encode("utf-16"), "is UTF-16"),
         (b"PK\x03\x04junk", 'is an Excel workbook; save it as "CSV UTF-8"'),
         (b"\xd0\xcf\x11\xe0junk", 'is an Excel workbook; save it as "CSV UTF-8"'),
-        (b"\x81\x8d\xff", "neither UTF-8 nor Windows-1252"),      # MODULE BUG: "'charmap' codec can't decode"
-        (b"student_id_ext,email\nU1,a\xe9\nU2,\x81\n", "neither UTF-8 nor Windows-1252"),    # MODULE BUG: the same
+        (b"\x81\x8d\xff", "neither UTF-8 nor Windows-1252"),
+        (b"student_id_ext,email\nU1,a\xe9\nU2,\x81\n", "neither UTF-8 nor Windows-1252"),
         (b'student_id_ext,email\n"' + b"x" * 140_000, "line 2: "), (b'{"students": 1}', "must be an array"),
         (b"[1, 2", "is not JSON")], ids=range(12))
     def test_a_file_that_can_t_be_understood_is_refused(self, tmp_path: pathlib.Path, data: bytes,
@@ -3907,7 +3907,7 @@ class TestRosterFiles:
         roles = tmp_path / "roles.csv"
         roles.write_text('userSourcedId,role\ns1,student\ns3,"stud"ent\n')
         result = run_process("push", tmp_path / "users.csv", "--cohort", "1", "--dry-run")
-        (line,) = result.stderr.decode().splitlines()       # MODULE BUG: "Exception ignored in: <generator ...>"
+        (line,) = result.stderr.decode().splitlines()
         assert (result.returncode, line.startswith(f"sis_sync: {roles}: line 3: ")) == (2, True)
 
     @linux
@@ -4002,7 +4002,7 @@ class TestPush:
         push.show()
         with pytest.raises(sis_sync.CommandError, match="the server answered 401"):
             push.run([sis_sync.Row(2, student())], 1)
-        assert stream.getvalue().endswith("\n")      # MODULE BUG: "... 0:00 leftsis_sync: stopped: ..."
+        assert stream.getvalue().endswith("\n")
 
     def test_a_dry_run_judges_like_the_server_and_sends_nothing(self, tmp_path: pathlib.Path) -> None:
         values: tuple[Any, ...] = (
@@ -4028,7 +4028,7 @@ class TestPush:
         (tmp_path / "roster.csv").write_text(csv_of([FULL]))
         result = run("push", tmp_path / "roster.csv", "--cohort", "x" * 65, "--dry-run")
         assert (result.returncode, b"cohort_id must be 1 to 64 characters" in result.stderr) == (2, True)
-        assert b"What is sent is stored" not in result.stdout      # MODULE BUG: it says so though nothing was sent
+        assert b"What is sent is stored" not in result.stdout
 
     @pytest.mark.parametrize("name, data, words", [
         ("roster.csv", "student_id_ext,email\n\n,\n", ()), ("roster.json", "[]", ()),
@@ -4054,7 +4054,7 @@ class TestPush:
         result = self.push(server, path, "--json", cohort="ignored")
         assert json.loads(result.stdout)["ignored"] == ["firstName", "lastName"]
 
-    @pytest.mark.parametrize("name", ["roster.json", "roster.JSON", "-"])   # MODULE BUG: the last two say "line 2"
+    @pytest.mark.parametrize("name", ["roster.json", "roster.JSON", "-"])
     def test_of_json_the_item_is_named_not_the_line(self, server: Process, tmp_path: pathlib.Path, name: str) -> None:
         text = json.dumps([student(1), {"student_id_ext": "U2"}], indent=4)
         if name != "-":
@@ -4081,7 +4081,7 @@ class TestPush:
                 students[number]["email"] = ""
             result = self.push(process, "-", "--json", stdin=csv_of(students))
             summary = json.loads(result.stdout)
-            assert (summary["new"], summary["sent"]) == (997, 1000)     # MODULE BUG: 500 students are never sent
+            assert (summary["new"], summary["sent"]) == (997, 1000)
             assert [row["line"] for row in summary["rejected"]] == [2, 501, 1000]
             received = [row[0] for row in process.rows("SELECT received FROM syncs")]
             assert sum(received) == 1000 and max(received) <= 150
@@ -4617,7 +4617,7 @@ class TestBackup:
         database.write_bytes(data)
         result = run(*words, "backup", copy)
         lines = result.stderr.decode().splitlines()
-        assert (result.returncode, result.stdout) == (1, b"")      # MODULE BUG: 2, as quick_check itself fails
+        assert (result.returncode, result.stdout) == (1, b"")
         assert len(lines) > 1 and all(line.startswith(f"{copy}: ") for line in lines)
         assert lines[-1].endswith(", a copy of a damaged database")
         check = run(*words, "check")
