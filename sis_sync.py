@@ -1248,41 +1248,45 @@ def log_request(request: Request, response: Response) -> None:
 # The wire
 # ---------------------------------------------------------------------------------------------
 
-# Grammar of RFC 9110 and RFC 9112, on bytes and with the line's end: what str.split() and
-# str.strip() call white space is far more than HTTP does, and a pattern that ends in $ lets a
-# line end through.
-#   token = 1*tchar;  request-line = method SP request-target SP HTTP-version CRLF
-#   field-line = field-name ":" OWS field-value OWS;  field-vchar = VCHAR / obs-text
+# Grammar of RFC 9110 and RFC 9112, with the line's end: what str.split() and str.strip() call white
+# space is far more than HTTP does, and a pattern that ends in $ lets a line end through.
+#   field-line = field-name ":" OWS field-value OWS
 #   chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS ( token / quoted-string ) ] )
+#   Host = uri-host [ ":" port ]; no comma, as that is how two Host lines arrive
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n".encode())
-FIELD_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)\r\n".encode("latin-1"))
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
+FIELD_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)\r\n")
 CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{TOKEN}"
-                        rf"(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED}))?)*\r\n".encode("latin-1"))
-#   Host = uri-host [ ":" port ]; no comma, as that is how two Host lines arrive
-HOST = re.compile(r"((?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?",
+                        rf"(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED}))?)*\r\n")
+HOST = re.compile(r"(?:(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+|\[([0-9A-Fa-f:.]+)\])(?::[0-9]*)?",
                   re.ASCII)
 TARGET = re.compile(r"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?[^#]*)?")
+
+
+def required(found: Any, words: str) -> Any:
+    """What was found. Raises Refusal malformed_request if it is nothing."""
+    if not found:
+        raise Refusal("malformed_request", words)
+    return found
 
 
 class Stream(io.RawIOBase):
     """A connection as a file under one clock: nothing is read or written past the deadline, however
     the bytes trickle, as each wait is given only what is left of it."""
 
-    def __init__(self, connection: socket.socket, client: str, refused: bool, seconds: float):
+    refused = False             # there is no place for it: it is only told so
+    engaged = False             # a whole head has come, and no answer is given yet
+    stopping = False            # the server is
+
+    def __init__(self, connection: socket.socket, client: str, seconds: float) -> None:
         self.connection = connection
-        self.client = client                # as limits count it
-        self.refused = refused              # there is no place for it: it is only told so
+        self.client = client            # as limits count it
         self.deadline = time.monotonic() + seconds
-        self.engaged = False                # a whole head has come, and no answer is given yet
-        self.stopping = False               # the server is
-        self._pieces = self._bytes = 0
+        self.credit = MAX_SMALL_PIECES * MEAN_PIECE     # bytes that its pieces may be short of
 
     def readable(self) -> bool:
         return True
-
-    writable = readable
 
     def in_time(self) -> socket.socket:
         """The connection, its timeout what is left of the deadline. Raises OSError past it."""
@@ -1291,13 +1295,6 @@ class Stream(io.RawIOBase):
             raise socket.timeout("timed out")  # noqa: UP041  a TimeoutError only since Python 3.10
         self.connection.settimeout(left)
         return self.connection
-
-    def secure(self, context: ssl.SSLContext) -> None:
-        """The TLS handshake; in the connection's own thread, as a silent client would otherwise
-        keep all others waiting. Raises OSError."""
-        self.connection = context.wrap_socket(self.in_time(), server_side=True,
-                                              do_handshake_on_connect=False)
-        self.in_time().do_handshake()  # type: ignore[attr-defined]
 
     def readinto(self, buffer: Any) -> int:
         """What has come. Nothing is read beyond a request, so an end is never where it should be.
@@ -1312,43 +1309,16 @@ class Stream(io.RawIOBase):
             raise Refusal("busy", "the server is stopping: try again", retry_after=1)
         if not size:
             raise cut_off()
-        self._pieces += 1
-        self._bytes += size
-        if self._pieces > MAX_SMALL_PIECES and self._bytes < MEAN_PIECE * self._pieces:
-            # Each costs a system call and a few lines of Python, a hundred times as much as a byte.
-            raise Refusal("malformed_request", "the request comes in too many small pieces")
+        # Each costs a system call and a few lines of Python, a hundred times as much as a byte.
+        self.credit += size - MEAN_PIECE
+        required(self.credit >= 0, "the request comes in too many small pieces")
         return size
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> None:
         """All of it. (sendall would give each piece the whole time anew.) Raises OSError."""
         rest = memoryview(data)
         while rest:
             rest = rest[self.in_time().send(rest):]
-        return len(data)
-
-    def stop(self) -> None:
-        """Wait for no more bytes, unless a request is under way. What has come is still read."""
-        self.stopping = True
-        if not self.engaged:
-            with contextlib.suppress(OSError):
-                # Not SSLSocket's, which pulls TLS away under the thread that reads.
-                socket.socket.shutdown(self.connection, socket.SHUT_RD)
-
-    def drain(self, most: int) -> None:
-        """Close so that the answer gets through (RFC 9112 section 9.6). Closing a socket with
-        unread bytes resets the connection, and a reset throws away what the client has not read
-        yet: so only this side is closed, and what still comes is thrown away here, `most` bytes of
-        it and for as long as the answer's clock allows."""
-        if self.stopping:
-            self.deadline = min(self.deadline, time.monotonic() + 1)
-        with contextlib.suppress(OSError):
-            if isinstance(self.connection, ssl.SSLSocket):
-                self.connection.settimeout(0)
-                with contextlib.suppress(OSError, ValueError):
-                    self.connection.unwrap()        # close_notify is sent, and not waited for
-            self.connection.shutdown(socket.SHUT_WR)
-            while most > 0:
-                most -= len(self.in_time().recv(PIECE)) or most     # nothing came: that was all
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1359,53 +1329,57 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     request_version = "HTTP/1.1"    # by default it is 0.9, to which no status line is written
     protocol_version = "HTTP/1.1"   # of the answer, until the request says 1.0
+    wrong_scheme = ""               # what the port speaks, where the client speaks the other
     server: Server
+    stream: Stream
 
     def setup(self) -> None:
-        self.stream = self.server.streams[self.request]     # socketserver's word for the socket
+        self.stream = self.request      # socketserver's word for what get_request returns
         self.rfile = io.BufferedReader(self.stream)
-        self.wfile = io.BufferedWriter(self.stream)     # so that an answer leaves in one piece
 
     def handle(self) -> None:
-        peer, tls = self.client_address[0], self.server.service.configuration.tls
-        request = Request(peer, client=client_of(peer))
-        self.wrong_scheme = False
+        tls, stream = self.server.service.configuration.tls, self.stream
+        request = Request(self.client_address[0], client=client_of(self.client_address[0]))
+        first = b"?"
         try:
-            first = b"?"
-            if tls or not self.stream.refused:
-                first = self.stream.in_time().recv(1, socket.MSG_PEEK)
-            self.wrong_scheme = (first == b"\x16") is not bool(tls)     # how a TLS handshake begins
-            if tls and not self.wrong_scheme:
-                self.stream.secure(tls)
+            if tls or not stream.refused:       # who is refused in http need not say a word first
+                first = stream.in_time().recv(1, socket.MSG_PEEK)
+            handshake = first == b"\x16"
+            if tls and handshake:
+                # Here, and not where it is accepted: there a silent client would stop all others.
+                stream.connection = tls.wrap_socket(stream.in_time(), server_side=True,
+                                                    do_handshake_on_connect=False)
+                stream.connection.do_handshake()
+            elif tls or handshake:
+                self.wrong_scheme = "https, not http" if tls else "http, not https"
         except OSError as error:
             if tls:
                 log.info("%s %s TLS handshake failed: %s", request.id, request.client, error)
                 return
-            first = b"?"                    # receive() will say what it is
-        if first:                           # else it came and went without a word
+        if first:                       # else it came and went without a word
             self.server.service.handle(request, self.receive, self.send)
 
     def receive(self, request: Request) -> None:
         """Fill in the request: its line, its headers, and its body as a stream. Raises Refusal."""
-        if self.wrong_scheme:
-            spoken = "http, not https" if self.server.url.startswith("http:") else "https, not http"
-            raise Refusal("malformed_request", f"this port speaks {spoken}")
+        required(not self.wrong_scheme, f"this port speaks {self.wrong_scheme}")
         if self.stream.refused:
             raise Refusal("busy", "too many connections: try again", retry_after=1)
-        line = self.rfile.readline(MAX_REQUEST_LINE + 1)
-        if line == b"\r\n":                 # RFC 9112 section 2.2 has one of these be ignored
-            line = self.rfile.readline(MAX_REQUEST_LINE + 1)
-        parse_request_line(line, request)
-        modern = line.endswith(b"1.1\r\n")
-        self.protocol_version = "HTTP/1.1" if modern else "HTTP/1.0"
+        line = self.line(MAX_REQUEST_LINE)
+        if line == "\r\n":              # RFC 9112 section 2.2 has one of these be ignored
+            line = self.line(MAX_REQUEST_LINE)
+        self.protocol_version = parse_request_line(line, request)
+        modern = self.protocol_version == "HTTP/1.1"
         request.headers = headers = self.fields(Refusal("request_too_large", status=431))
-        # Two Host lines arrive joined by a comma, which no host has in it; nor has a missing one.
-        if not is_host(headers.get("host", "," if modern else "")):
-            raise Refusal("malformed_request", "HTTP/1.1 takes one Host header")
-        if not modern and "transfer-encoding" in headers:
-            raise Refusal("malformed_request", "HTTP/1.0 has no Transfer-Encoding")
+        # It may be empty. Two of them arrive joined by a comma, which no host has in it.
+        host = headers.get("host", "," if modern else "")
+        required(not host or is_host(host), "HTTP/1.1 takes one Host header")
+        required(modern or "transfer-encoding" not in headers, "HTTP/1.0 has no Transfer-Encoding")
         self.stream.engaged = True
-        request.body = self.body(headers, modern)
+        request.body = self.body(headers)
+
+    def line(self, most: int) -> str:
+        """The next line with its end; longer than `most`, and cut there, if it is too long."""
+        return self.rfile.readline(most + 1).decode("latin-1")
 
     def fields(self, too_many: Refusal) -> dict[str, str]:
         """Header lines up to the empty one, as lower-case names; the values of one name are joined
@@ -1413,24 +1387,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields: dict[str, str] = {}
         left = MAX_HEAD
         for _ in range(MAX_HEADERS + 1):
-            line = self.rfile.readline(left + 1)
+            line = self.line(left)
             left -= len(line)
-            if line == b"\r\n":
+            if line == "\r\n":
                 return fields
             if left < 0:
                 break
-            match = FIELD_LINE.fullmatch(line)
-            if not match:
-                raise Refusal("malformed_request", "a header must be: name, colon, value, on one "
-                              "line that ends with CRLF")
-            name = match[1].decode("ascii").lower()
-            value = match[2].strip(b" \t").decode("latin-1")
+            match = required(FIELD_LINE.fullmatch(line), "a header must be: name, colon, value, on "
+                             "one line that ends with CRLF")
+            name, value = match[1].lower(), match[2].strip(" \t")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
         raise too_many
 
-    def body(self, headers: Mapping[str, str], modern: bool) -> Iterator[bytes]:
+    def body(self, headers: Mapping[str, str]) -> Iterator[bytes]:
         """The pieces of the body. Nothing is read before the first is asked for."""
-        if modern and headers.get("expect", "").lower() == "100-continue":
+        expected = headers.get("expect", "").lower() == "100-continue"
+        if expected and self.protocol_version == "HTTP/1.1":
             # Only now: who is refused by the headers alone need not send the body.
             with contextlib.suppress(OSError):
                 self.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1441,92 +1413,105 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def chunks(self) -> Iterator[bytes]:
         """The data of a chunked body (RFC 9112 section 7.1), without extensions and trailers."""
-        total = 0
-        for number in itertools.count():
-            match = CHUNK_LINE.fullmatch(self.rfile.readline(MAX_CHUNK_LINE))
-            if not match:
-                raise Refusal("malformed_request", "a chunk must begin with its size in "
-                              "hexadecimal, on a line of its own that ends with CRLF")
+        credit = MAX_SMALL_CHUNKS * MEAN_PIECE
+        while True:
+            match = required(CHUNK_LINE.fullmatch(self.line(MAX_CHUNK_LINE)), "a chunk must begin "
+                             "with its size in hexadecimal, on a line that ends with CRLF")
             size = int(match[1], 16)
             if not size:
                 break
-            total += size
-            check_length(total, self.server.settings)       # also what is only promised
-            if number > MAX_SMALL_CHUNKS and total < MEAN_PIECE * number:
-                raise Refusal("malformed_request", "the body comes in too many small chunks")
+            check_length(size, self.server.settings)        # before all that is promised has come
+            credit += size - MEAN_PIECE
+            required(credit >= 0, "the body comes in too many small chunks")
             yield from exactly(size, self.rfile.read1)
-            if self.rfile.read(2) != b"\r\n":
-                raise Refusal("malformed_request", "a chunk is longer than it says")
+            required(self.rfile.read(2) == b"\r\n", "a chunk is longer than it says")
         self.fields(Refusal("malformed_request", "too many trailers"))
 
     def send(self, response: Response) -> None:
         """Raises OSError when the client is gone, or has not read all of it in time."""
+        self.wfile = answer = io.BytesIO()      # so that it leaves in one piece
+        self.stream.engaged = False
         # Who had the whole time for a request, or was never let in, does not get as much again.
-        self.stream.deadline = time.monotonic() + (
-            REFUSED_SECONDS if response.status == 408 or self.stream.refused
-            else self.server.settings["request_timeout"])
+        short = response.status == 408 or self.stream.refused or self.stream.stopping
+        seconds = REFUSED_SECONDS if short else self.server.settings["request_timeout"]
+        self.stream.deadline = time.monotonic() + seconds
         self.send_response_only(response.status)        # send_response would tell Python's version
         self.send_header("Date", self.date_time_string())
         for name, value in (*response.headers, ("Connection", "close")):
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(response.body)
-        self.wfile.flush()
+        self.stream.write(answer.getvalue() + response.body)
 
     def finish(self) -> None:
-        self.stream.engaged = False
-        self.stream.drain(2 * self.server.settings["max_body_bytes"])
+        """Close so that the answer gets through (RFC 9112 section 9.6). Closing a socket with
+        unread bytes resets the connection, and a reset throws away what the client has not read
+        yet: so only this side is closed, and what still comes is thrown away, for as long as the
+        answer's clock allows and no more than this."""
+        most, connection = 2 * self.server.settings["max_body_bytes"], self.stream.connection
+        with contextlib.suppress(OSError):
+            if isinstance(connection, ssl.SSLSocket):
+                connection.settimeout(0)
+                with contextlib.suppress(OSError, ValueError):
+                    connection.unwrap()         # close_notify is sent, and not waited for
+            connection.shutdown(socket.SHUT_WR)
+            while most > 0:
+                most -= len(self.stream.in_time().recv(PIECE)) or most      # nothing: that was all
 
 
-def parse_request_line(line: bytes, request: Request) -> None:
-    """Fill in the request's method and path, be the target in any of its four forms (RFC 9112
-    section 3.2). Raises Refusal malformed_request, request_too_large,
+def parse_request_line(line: str, request: Request) -> str:
+    """The version. Fills in the request's method and path, be the target in any of its four forms
+    (RFC 9112 section 3.2). Raises Refusal malformed_request, request_too_large,
     http_version_not_supported."""
     if len(line) > MAX_REQUEST_LINE:
         raise Refusal("request_too_large", status=414)
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise Refusal("malformed_request", "the request line must be: method, space, target, "
-                      "space, HTTP/1.1, CRLF")
-    request.method, target, version = (part.decode("ascii") for part in match.groups())
-    if version not in ("1.0", "1.1"):
+    match = required(REQUEST_LINE.fullmatch(line), "the request line must be: method, space, "
+                     "target, space, HTTP/1.1, CRLF")
+    request.method, target, version = match.groups()
+    if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise Refusal("http_version_not_supported")
     parts = TARGET.fullmatch(target)
-    if parts and (parts[2] if not parts[1] else is_host(parts[1]) and parts[1][0] != ":"):
+    if parts and (is_host(parts[1]) if parts[1] else parts[2]):
         request.path = parts[2] or "/"
     elif target == "*" and request.method == "OPTIONS" or request.method == "CONNECT":
         request.path = target.partition("?")[0]
     else:
         raise Refusal("malformed_request", "the request target must begin with / or http://HOST")
+    return str(version)
 
 
 def is_host(text: str) -> bool:
     match = HOST.fullmatch(text)
-    return match is not None and (
-        not text.startswith("[") or parse_address(match[1][1:-1]) is not None)
+    return match is not None and (not match[1] or parse_address(match[1]) is not None)
 
 
 class Server(http.server.ThreadingHTTPServer):
     """A thread for each connection; how many there may be is decided here. get_request and
     process_request run in the accepting thread, where nothing may wait; leave in the main one."""
 
-    daemon_threads = True
-    block_on_close = False          # leave() waits, and not for ever
-    # On Windows the option lets two servers share a port (cpython#85307).
-    allow_reuse_address = os.name != "nt"
+    request_queue_size = 1024       # in a full one a client waits a second until it is asked for
+    allow_reuse_address = os.name != "nt"   # there it lets two servers share a port (cpython#85307)
+    # HTTPServer's looks up the host's name: 5 to 35 s where there is no resolver (bpo-35164).
+    server_bind = socketserver.TCPServer.server_bind
 
     def __init__(self, service: Service) -> None:
-        """Bind and listen. Raises OSError."""
+        """Bind, listen, and accept in a thread of its own. Raises CommandError."""
         self.service = service
-        self.streams: dict[socket.socket, Stream] = {}      # of all connections
-        self.changed = threading.Condition()                # of these
-        self.accepting = threading.Thread(target=self.serve_forever, daemon=True)
-        # In a full queue a client waits a second and more until it is asked for again.
-        self.request_queue_size = max(1024, self.settings["max_connections"] + MAX_REFUSED)
-        if ":" in self.settings["host"]:
+        self.streams: set[Stream] = set()       # of all connections
+        self.changed = threading.Condition()    # of these
+        host, port = self.settings["host"], self.settings["port"]
+        if ":" in host:
             self.address_family = socket.AF_INET6
         threading.stack_size(STACK_SIZE)        # musl would give a thread 128 KiB
-        super().__init__((self.settings["host"], self.settings["port"]), Handler)
+        # Else glibc keeps, for each thread, what a large body once took: 20 of 8 MiB at once make
+        # it 213 MB, and so half. (-3: M_MMAP_THRESHOLD; other systems have no mallopt.)
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).mallopt(-3, 4 << 20)
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as error:
+            raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        self.accepting = threading.Thread(target=self.serve_forever, daemon=True)
+        self.accepting.start()
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -1534,22 +1519,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        host, port = self.server_address[:2]
-        name = f"[{host!s}]" if ":" in str(host) else str(host)
+        host, port = self.socket.getsockname()[:2]
+        name = f"[{host}]" if ":" in host else host
         return f"http{'s' * bool(self.service.configuration.tls)}://{name}:{port}"
-
-    def server_bind(self) -> None:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Not HTTPServer.server_bind: that looks up the host's name, 5 to 35 s where there is no
-        # resolver (bpo-35164).
-        socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> Any:
         try:
-            return super().get_request()
+            connection, address = super().get_request()
+            seconds = self.settings["request_timeout"]
+            return Stream(connection, client_key(address[0]), seconds), address
         except (OSError, MemoryError) as error:
             # Out of file descriptors, say: the connection stays in the queue, and the loop would
             # come back for it at once, for ever.
@@ -1558,41 +1536,45 @@ class Server(http.server.ThreadingHTTPServer):
             raise OSError from error        # which the loop survives
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        connection, peer = request, client_address[0]
-        client, settings = client_key(peer), self.settings
-        trusted = any(parse_address(peer) in network for network in settings["trusted_proxies"])
+        stream, settings, peer = request, self.settings, parse_address(client_address[0])
+        trusted = any(peer in network for network in settings["trusted_proxies"])
         with self.changed:
-            served = [stream.client for stream in self.streams.values() if not stream.refused]
-            refused = len(served) >= settings["max_connections"] or (
-                not trusted and served.count(client) >= settings["max_connections_per_client"])
-            if refused and len(self.streams) - len(served) >= MAX_REFUSED:
-                self.close_request(request)     # which takes the lock once more: it is reentrant
-                return
-            self.streams[connection] = Stream(
-                connection, client, refused,
-                REFUSED_SECONDS if refused else settings["request_timeout"])
-        super().process_request(request, client_address)
+            served = [other.client for other in self.streams if not other.refused]
+            if len(served) >= settings["max_connections"] or not trusted and \
+                    served.count(stream.client) >= settings["max_connections_per_client"]:
+                stream.refused = True
+                stream.deadline = time.monotonic() + REFUSED_SECONDS
+            if not stream.refused or len(self.streams) - len(served) < MAX_REFUSED:
+                self.streams.add(stream)
+        if stream in self.streams:
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
 
-    def close_request(self, request: Any) -> None:
+    def shutdown_request(self, request: Any) -> None:
         # Called in the end whatever happened, unlike Handler.finish: here the place is given back.
         with self.changed:
-            stream = self.streams.pop(request, None)
+            self.streams.discard(request)
             self.changed.notify_all()
-        if stream:
-            stream.connection.close()       # with TLS it is another than `request`
-        request.close()
+        request.connection.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("- connection: %s", describe(sys.exc_info()[1] or Exception()))
 
-    def leave(self, seconds: float) -> None:
-        """Accept no more, let requests in flight finish for as long as this."""
+    def leave(self) -> None:
+        """Accept no more, let requests in flight finish in SHUTDOWN_TIMEOUT, close the database."""
+        until = time.monotonic() + SHUTDOWN_TIMEOUT
         self.shutdown()
         self.server_close()
         with self.changed:
-            for stream in self.streams.values():
-                stream.stop()
-            self.changed.wait_for(lambda: not self.streams, seconds)
+            for stream in self.streams:
+                stream.stopping = True
+                if not stream.engaged:      # wait for no more bytes; what has come is still read
+                    with contextlib.suppress(OSError):
+                        # Not SSLSocket's, which pulls TLS away under the thread that reads.
+                        socket.socket.shutdown(stream.connection, socket.SHUT_RD)
+            self.changed.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
+        self.service.close(until - time.monotonic())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2385,61 +2367,32 @@ def command_serve(arguments: Arguments) -> int:
     """Run the server until SIGTERM or Ctrl-C."""
     log_to(logging.StreamHandler(sys.stderr))
     service = Service(configuration_for(arguments))
-    on_terminal, signals = os.isatty(0), incoming_signals()
-    server = started(service)
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):           # Windows has no SIGHUP
+            # Nothing more is done where a signal strikes: that may be in the middle of anything.
+            signal.signal(getattr(signal, name), lambda number, frame: signals.put(number))
+    on_terminal, server = os.isatty(0), Server(service)
     log.info("sis_sync %s listens on %s%s", __version__, server.url, SYNC_PATH)
     log.info("configuration: %s", service.configuration.source or "defaults, as there is no file")
-    log.info("database: %s", os.path.abspath(service.roster.path))
+    log.info("database: %s", service.roster.path)
     service.configuration.log()
     while server.accepting.is_alive():
-        try:
+        with contextlib.suppress(queue.Empty):
             number = signals.get(timeout=1)     # without, Ctrl-C would not end it on Windows
-        except queue.Empty:
-            continue
-        # A terminal that closes sends SIGHUP, too, and is no terminal any more.
-        if number != getattr(signal, "SIGHUP", None) or on_terminal and not os.isatty(0):
-            break
-        reload(service, arguments)
+            # A terminal that closes sends SIGHUP, too, and is no terminal any more.
+            if number != getattr(signal, "SIGHUP", None) or on_terminal and not os.isatty(0):
+                break
+            reload(service, arguments)
     else:
         log.critical("nothing is accepted any more: the end")
         return 1
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, signal.SIG_DFL)
     log.info("stopping; a second signal stops at once")
-    until = time.monotonic() + SHUTDOWN_TIMEOUT
-    server.leave(SHUTDOWN_TIMEOUT)
-    service.close(until - time.monotonic())
+    server.leave()
     log.info("stopped")
     return 0
-
-
-def incoming_signals() -> queue.SimpleQueue[int]:
-    """SIGTERM, SIGINT and SIGHUP as they come. A second one to stop has its usual effect: the end.
-    Nothing else is done where a signal strikes, as that may be in the middle of anything."""
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    hangup = getattr(signal, "SIGHUP", None)        # Windows has none
-
-    def receive(number: int, frame: object) -> None:
-        for stop in (signal.SIGTERM, signal.SIGINT) if number != hangup else ():
-            signal.signal(stop, signal.SIG_DFL)
-        signals.put(number)
-
-    for number in filter(None, (signal.SIGTERM, signal.SIGINT, hangup)):
-        signal.signal(number, receive)
-    return signals
-
-
-def started(service: Service) -> Server:
-    """A server that accepts, in a thread of its own. Raises CommandError if it can't listen."""
-    # Else glibc keeps, for each thread, what a large body once took: 20 of 8 MiB at once make the
-    # server grow by 213 MB, and so by half. (-3: M_MMAP_THRESHOLD; other systems have no mallopt.)
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(-3, 4 << 20)
-    try:
-        server = Server(service)
-    except OSError as error:
-        where = "{host} port {port}".format_map(service.configuration.settings)
-        raise CommandError(f"cannot listen on {where}: {error.strerror}") from error
-    server.accepting.start()
-    return server
 
 
 def reload(service: Service, arguments: Arguments) -> None:
@@ -2453,14 +2406,9 @@ def reload(service: Service, arguments: Arguments) -> None:
         for fault in error.args if isinstance(error, CommandError) else [describe(error)]:
             log.error("not reloaded: %s", fault)
         return
-    for key in ("host", "port", "database"):
-        if new.settings[key] != old.settings[key]:
-            log.warning("[server] %s: a change takes a restart", key)
-    if bool(new.tls) != bool(old.tls):
-        log.warning("[server] tls_certificate: from http to https or back takes a restart")
-        new = new._replace(tls=old.tls)
-    service.configuration = new
-    log.info("reloaded: %s", new.source or "defaults")
+    service.configuration = new if bool(new.tls) == bool(old.tls) else new._replace(tls=old.tls)
+    log.info("reloaded: %s (another host, port or database, or from http to https or back takes a "
+             "restart)", new.source or "defaults")
     new.log()
 
 
@@ -2468,13 +2416,11 @@ def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterato
     """The body as a WSGI server hands it on (PEP 3333): no further than Content-Length, or to its
     end where the server says that there is one."""
     read = environ["wsgi.input"].read
-    counted = "content-length" in headers or not environ.get("wsgi.input_terminated")
-    if counted and "transfer-encoding" in headers:
-        raise Refusal("malformed_request", "this host does not hand chunked bodies on: send a "
-                      "Content-Length")
     try:
-        yield from exactly(int(headers.get("content-length", "0")), read) if counted else \
-            iter(lambda: read(PIECE), b"")
+        if "content-length" in headers or not environ.get("wsgi.input_terminated"):
+            yield from exactly(int(headers.get("content-length", "0")), read)
+        else:
+            yield from iter(lambda: read(PIECE), b"")
     except Exception:  # noqa: BLE001  PEP 3333 does not say what a broken connection raises
         raise cut_off() from None
 
@@ -2485,18 +2431,17 @@ wsgi_lock = threading.Lock()
 @functools.cache
 def wsgi_service() -> Service:
     log_to(logging.StreamHandler(sys.stderr))
-    configuration = load_configuration()
-    configuration.log()
-    return Service(configuration)
+    service = Service(load_configuration())
+    service.configuration.log()
+    return service
 
 
 def application(environ: Mapping[str, Any],
                 start_response: Callable[..., Any]) -> Iterable[bytes]:
     """The WSGI callable (PEP 3333). It reads its configuration at the first request."""
-    fields = [(name[5:], value) for name, value in environ.items() if name.startswith("HTTP_")]
-    fields += [(name, environ[name]) for name in ("CONTENT_TYPE", "CONTENT_LENGTH")
-               if environ.get(name)]
-    headers = {name.replace("_", "-").lower(): str(value) for name, value in fields}
+    headers = {name.removeprefix("HTTP_").replace("_", "-").lower(): str(value)
+               for name, value in environ.items()
+               if name.startswith("HTTP_") or name in ("CONTENT_TYPE", "CONTENT_LENGTH") and value}
     request = Request(environ.get("REMOTE_ADDR", ""), environ["REQUEST_METHOD"],
                       environ.get("PATH_INFO") or "/", headers, wsgi_body(environ, headers))
     try:
@@ -2504,9 +2449,8 @@ def application(environ: Mapping[str, Any],
             service = wsgi_service()
         response = service.handle(request)
     except CommandError as error:
-        log.error("%s", "\n".join(error.args))
+        log.error("%s server_error %s", request.id, "; ".join(error.args))
         response = Response.of_refusal(Refusal("server_error", request_id=request.id)).to(request)
-        log_request(request, response)
     status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
     start_response(status, list(response.headers))
     return [response.body]
@@ -2772,7 +2716,7 @@ def command_demo(arguments: Arguments) -> int:
         service = Service(load_configuration(str(ini), {"SIS_SYNC_SECRET": secret}))
         log_to(logging.FileHandler(ini.with_name("demo.log"), encoding="utf-8"))
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))    # cleaning up first
-        server = started(service)
+        server = Server(service)
         url = server.url
         print(f"A throw-away server at {url}, its database and log in {folder} till the end\n")
         demo_steps(url, secret)
@@ -2785,8 +2729,7 @@ def command_demo(arguments: Arguments) -> int:
                 print("\nThe server runs until you press Ctrl-C.", flush=True)
             while not arguments.once:
                 time.sleep(3600)
-        server.leave(SHUTDOWN_TIMEOUT)
-        service.close()
+        server.leave()
         log.handlers[0].close()
     return 0
 
