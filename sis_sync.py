@@ -1250,7 +1250,6 @@ def log_request(request: Request, response: Response) -> None:
 
 # Grammar of RFC 9110 and RFC 9112, with the line's end: what str.split() and str.strip() call white
 # space is far more than HTTP does, and a pattern that ends in $ lets a line end through.
-#   field-line = field-name ":" OWS field-value OWS
 #   chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS ( token / quoted-string ) ] )
 #   Host = uri-host [ ":" port ]; no comma, as that is how two Host lines arrive
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -1259,8 +1258,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
 FIELD_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)\r\n")
 CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{TOKEN}"
                         rf"(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED}))?)*\r\n")
-HOST = re.compile(r"(?:(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+|\[([0-9A-Fa-f:.]+)\])(?::[0-9]*)?",
-                  re.ASCII)
+HOST = re.compile(r"(?:(?:[!$&-+.0-9;=A-Z_a-z~-]|%[0-9A-Fa-f]{2})+|\[([^]%]+)\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?[^#]*)?")
 
 
@@ -1279,10 +1277,10 @@ class Stream(io.RawIOBase):
     engaged = False             # a whole head has come, and no answer is given yet
     stopping = False            # the server is
 
-    def __init__(self, connection: socket.socket, client: str, seconds: float) -> None:
-        self.connection = connection
+    def __init__(self, connection: socket.socket, client: str, settings: Mapping[str, Any]) -> None:
+        self.connection, self.settings = connection, settings
         self.client = client            # as limits count it
-        self.deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + settings["request_timeout"]
         self.credit = MAX_SMALL_PIECES * MEAN_PIECE     # bytes that its pieces may be short of
 
     def readable(self) -> bool:
@@ -1331,10 +1329,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"   # of the answer, until the request says 1.0
     wrong_scheme = ""               # what the port speaks, where the client speaks the other
     server: Server
-    stream: Stream
 
     def setup(self) -> None:
-        self.stream = self.request      # socketserver's word for what get_request returns
+        self.stream: Stream = self.request      # socketserver's word for what get_request returns
         self.rfile = io.BufferedReader(self.stream)
 
     def handle(self) -> None:
@@ -1375,7 +1372,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         required(not host or is_host(host), "HTTP/1.1 takes one Host header")
         required(modern or "transfer-encoding" not in headers, "HTTP/1.0 has no Transfer-Encoding")
         self.stream.engaged = True
-        request.body = self.body(headers)
+        request.body = self.body(headers, modern)
 
     def line(self, most: int) -> str:
         """The next line with its end; longer than `most`, and cut there, if it is too long."""
@@ -1385,24 +1382,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Header lines up to the empty one, as lower-case names; the values of one name are joined
         by a comma. Raises Refusal malformed_request, or the one given."""
         fields: dict[str, str] = {}
-        left = MAX_HEAD
-        for _ in range(MAX_HEADERS + 1):
-            line = self.line(left)
-            left -= len(line)
-            if line == "\r\n":
-                return fields
-            if left < 0:
-                break
-            match = required(FIELD_LINE.fullmatch(line), "a header must be: name, colon, value, on "
-                             "one line that ends with CRLF")
+        room, lines = MAX_HEAD, MAX_HEADERS
+        while (line := self.line(room)) != "\r\n":
+            room, lines = room - len(line), lines - 1
+            if room < 0 or lines < 0:
+                raise too_many
+            match = required(FIELD_LINE.fullmatch(line), "a header must be NAME: VALUE and CRLF")
             name, value = match[1].lower(), match[2].strip(" \t")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        raise too_many
+        return fields
 
-    def body(self, headers: Mapping[str, str]) -> Iterator[bytes]:
+    def body(self, headers: Mapping[str, str], modern: bool) -> Iterator[bytes]:
         """The pieces of the body. Nothing is read before the first is asked for."""
-        expected = headers.get("expect", "").lower() == "100-continue"
-        if expected and self.protocol_version == "HTTP/1.1":
+        if modern and headers.get("expect", "").lower() == "100-continue":
             # Only now: who is refused by the headers alone need not send the body.
             with contextlib.suppress(OSError):
                 self.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1415,12 +1407,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The data of a chunked body (RFC 9112 section 7.1), without extensions and trailers."""
         credit = MAX_SMALL_CHUNKS * MEAN_PIECE
         while True:
-            match = required(CHUNK_LINE.fullmatch(self.line(MAX_CHUNK_LINE)), "a chunk must begin "
-                             "with its size in hexadecimal, on a line that ends with CRLF")
-            size = int(match[1], 16)
+            line = CHUNK_LINE.fullmatch(self.line(MAX_CHUNK_LINE))
+            size = int(required(line, "a chunk must begin with its size in hexadecimal")[1], 16)
             if not size:
                 break
-            check_length(size, self.server.settings)        # before all that is promised has come
+            check_length(size, self.stream.settings)        # before all that is promised has come
             credit += size - MEAN_PIECE
             required(credit >= 0, "the body comes in too many small chunks")
             yield from exactly(size, self.rfile.read1)
@@ -1433,7 +1424,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.stream.engaged = False
         # Who had the whole time for a request, or was never let in, does not get as much again.
         short = response.status == 408 or self.stream.refused or self.stream.stopping
-        seconds = REFUSED_SECONDS if short else self.server.settings["request_timeout"]
+        seconds = REFUSED_SECONDS if short else self.stream.settings["request_timeout"]
         self.stream.deadline = time.monotonic() + seconds
         self.send_response_only(response.status)        # send_response would tell Python's version
         self.send_header("Date", self.date_time_string())
@@ -1447,7 +1438,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         unread bytes resets the connection, and a reset throws away what the client has not read
         yet: so only this side is closed, and what still comes is thrown away, for as long as the
         answer's clock allows and no more than this."""
-        most, connection = 2 * self.server.settings["max_body_bytes"], self.stream.connection
+        most, connection = 2 * self.stream.settings["max_body_bytes"], self.stream.connection
         with contextlib.suppress(OSError):
             if isinstance(connection, ssl.SSLSocket):
                 connection.settimeout(0)
@@ -1459,13 +1450,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def parse_request_line(line: str, request: Request) -> str:
-    """The version. Fills in the request's method and path, be the target in any of its four forms
-    (RFC 9112 section 3.2). Raises Refusal malformed_request, request_too_large,
-    http_version_not_supported."""
+    """Its version. Fills in method and path, be the target in any of its four forms (RFC 9112
+    section 3.2). Raises Refusal."""
     if len(line) > MAX_REQUEST_LINE:
         raise Refusal("request_too_large", status=414)
-    match = required(REQUEST_LINE.fullmatch(line), "the request line must be: method, space, "
-                     "target, space, HTTP/1.1, CRLF")
+    match = required(REQUEST_LINE.fullmatch(line), "a request must begin METHOD TARGET HTTP/1.1")
     request.method, target, version = match.groups()
     if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise Refusal("http_version_not_supported")
@@ -1498,45 +1487,37 @@ class Server(http.server.ThreadingHTTPServer):
         self.service = service
         self.streams: set[Stream] = set()       # of all connections
         self.changed = threading.Condition()    # of these
-        host, port = self.settings["host"], self.settings["port"]
+        settings = service.configuration.settings
+        host, port = settings["host"], settings["port"]
         if ":" in host:
             self.address_family = socket.AF_INET6
         threading.stack_size(STACK_SIZE)        # musl would give a thread 128 KiB
-        # Else glibc keeps, for each thread, what a large body once took: 20 of 8 MiB at once make
-        # it 213 MB, and so half. (-3: M_MMAP_THRESHOLD; other systems have no mallopt.)
+        # Else glibc keeps what a large body took, for each thread: twice the memory in all. (-3:
+        # M_MMAP_THRESHOLD; other systems have no mallopt.)
         with contextlib.suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).mallopt(-3, 4 << 20)
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
             raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        scheme = "https" if service.configuration.tls else "http"
+        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
         self.accepting = threading.Thread(target=self.serve_forever, daemon=True)
         self.accepting.start()
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.service.configuration.settings
-
-    @property
-    def url(self) -> str:
-        host, port = self.socket.getsockname()[:2]
-        name = f"[{host}]" if ":" in host else host
-        return f"http{'s' * bool(self.service.configuration.tls)}://{name}:{port}"
 
     def get_request(self) -> Any:
         try:
             connection, address = super().get_request()
-            seconds = self.settings["request_timeout"]
-            return Stream(connection, client_key(address[0]), seconds), address
+            settings = self.service.configuration.settings
+            return Stream(connection, client_key(address[0]), settings), address
         except (OSError, MemoryError) as error:
-            # Out of file descriptors, say: the connection stays in the queue, and the loop would
-            # come back for it at once, for ever.
+            # Out of descriptors, say: it stays in the queue, and the loop is back for it at once.
             log.error("- cannot accept: %s", describe(error))
             time.sleep(0.5)
             raise OSError from error        # which the loop survives
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        stream, settings, peer = request, self.settings, parse_address(client_address[0])
+        stream, settings, peer = request, request.settings, parse_address(client_address[0])
         trusted = any(peer in network for network in settings["trusted_proxies"])
         with self.changed:
             served = [other.client for other in self.streams if not other.refused]
@@ -1544,12 +1525,11 @@ class Server(http.server.ThreadingHTTPServer):
                     served.count(stream.client) >= settings["max_connections_per_client"]:
                 stream.refused = True
                 stream.deadline = time.monotonic() + REFUSED_SECONDS
-            if not stream.refused or len(self.streams) - len(served) < MAX_REFUSED:
-                self.streams.add(stream)
-        if stream in self.streams:
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+                if len(self.streams) - len(served) >= MAX_REFUSED:
+                    self.shutdown_request(request)
+                    return
+            self.streams.add(stream)
+        super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         # Called in the end whatever happened, unlike Handler.finish: here the place is given back.
@@ -1563,7 +1543,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def leave(self) -> None:
         """Accept no more, let requests in flight finish in SHUTDOWN_TIMEOUT, close the database."""
-        until = time.monotonic() + SHUTDOWN_TIMEOUT
         self.shutdown()
         self.server_close()
         with self.changed:
@@ -1574,7 +1553,7 @@ class Server(http.server.ThreadingHTTPServer):
                         # Not SSLSocket's, which pulls TLS away under the thread that reads.
                         socket.socket.shutdown(stream.connection, socket.SHUT_RD)
             self.changed.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
-        self.service.close(until - time.monotonic())
+        self.service.close(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2333,6 +2312,7 @@ def secret_fault(secret: bytes) -> str:
 # ---------------------------------------------------------------------------------------------
 
 Arguments = argparse.Namespace
+wsgi_lock = threading.Lock()        # of the one service that `application` makes
 
 
 def printable(text: str) -> str:
@@ -2413,8 +2393,7 @@ def reload(service: Service, arguments: Arguments) -> None:
 
 
 def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
-    """The body as a WSGI server hands it on (PEP 3333): no further than Content-Length, or to its
-    end where the server says that there is one."""
+    """The body as a WSGI server hands it on: up to Content-Length, or to its end if it has one."""
     read = environ["wsgi.input"].read
     try:
         if "content-length" in headers or not environ.get("wsgi.input_terminated"):
@@ -2423,9 +2402,6 @@ def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterato
             yield from iter(lambda: read(PIECE), b"")
     except Exception:  # noqa: BLE001  PEP 3333 does not say what a broken connection raises
         raise cut_off() from None
-
-
-wsgi_lock = threading.Lock()
 
 
 @functools.cache

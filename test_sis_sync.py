@@ -2472,7 +2472,7 @@ class TestBodies:
         most = sis_sync.MAX_SMALL_PIECES
         ours, its = socket.socketpair()
         with ours, its, pytest.raises(sis_sync.Refusal) as caught:
-            stream = sis_sync.Stream(its, "192.0.2.1", 20)
+            stream = sis_sync.Stream(its, "192.0.2.1", {"request_timeout": 20})
             for number in range(2 * most):
                 ours.sendall(b"x")
                 assert stream.readinto(bytearray(9)) == 1
@@ -2480,7 +2480,7 @@ class TestBodies:
         assert number >= most
         ours, its = socket.socketpair()
         with ours, its:
-            stream = sis_sync.Stream(its, "192.0.2.1", 20)
+            stream = sis_sync.Stream(its, "192.0.2.1", {"request_timeout": 20})
             for _ in range(most + 100):     # as large as the mean must be
                 ours.sendall(b"x" * sis_sync.MEAN_PIECE)
                 stream.readinto(bytearray(100))
