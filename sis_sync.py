@@ -1251,7 +1251,6 @@ def log_request(request: Request, response: Response) -> None:
 # Grammar of RFC 9110 and RFC 9112, with the line's end: what str.split() and str.strip() call white
 # space is far more than HTTP does, and a pattern that ends in $ lets a line end through.
 #   chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS ( token / quoted-string ) ] )
-#   Host = uri-host [ ":" port ]; no comma, as that is how two Host lines arrive
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
@@ -1277,10 +1276,11 @@ class Stream(io.RawIOBase):
     engaged = False             # a whole head has come, and no answer is given yet
     stopping = False            # the server is
 
-    def __init__(self, connection: socket.socket, client: str, settings: Mapping[str, Any]) -> None:
-        self.connection, self.settings = connection, settings
+    def __init__(self, connection: socket.socket, client: str, service: Service) -> None:
+        self.connection = connection
         self.client = client            # as limits count it
-        self.deadline = time.monotonic() + settings["request_timeout"]
+        self.settings = service.configuration.settings
+        self.deadline = time.monotonic() + self.settings["request_timeout"]
         self.credit = MAX_SMALL_PIECES * MEAN_PIECE     # bytes that its pieces may be short of
 
     def readable(self) -> bool:
@@ -1320,10 +1320,10 @@ class Stream(io.RawIOBase):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: one request, one answer, one line in the log. handle() does not come from the
-    base class: the parse_request there splits lines at any white space of Unicode, takes a bare CR
-    for a line end, two Hosts for one and HTTP/0.9 for a request, drops the headers behind a faulty
-    one, and answers errors in HTML. Its way of writing an answer is used as it is."""
+    """One connection: one request, one answer, one line in the log. Of the base class it uses how
+    an answer is written, not how a request is read: that splits lines at any white space of
+    Unicode, takes a bare CR for a line end, two Hosts for one and HTTP/0.9 for a request, drops the
+    headers behind a faulty one, and answers errors in HTML."""
 
     request_version = "HTTP/1.1"    # by default it is 0.9, to which no status line is written
     protocol_version = "HTTP/1.1"   # of the answer, until the request says 1.0
@@ -1379,8 +1379,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.rfile.readline(most + 1).decode("latin-1")
 
     def fields(self, too_many: Refusal) -> dict[str, str]:
-        """Header lines up to the empty one, as lower-case names; the values of one name are joined
-        by a comma. Raises Refusal malformed_request, or the one given."""
+        """Lines up to the empty one, by lower-case name; values of one name joined by a comma."""
         fields: dict[str, str] = {}
         room, lines = MAX_HEAD, MAX_HEADERS
         while (line := self.line(room)) != "\r\n":
@@ -1435,9 +1434,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Close so that the answer gets through (RFC 9112 section 9.6). Closing a socket with
-        unread bytes resets the connection, and a reset throws away what the client has not read
-        yet: so only this side is closed, and what still comes is thrown away, for as long as the
-        answer's clock allows and no more than this."""
+        unread bytes resets the connection, and a reset takes from the client what it has not read
+        yet: so only this side is closed, and what still comes is thrown away, within bounds."""
         most, connection = 2 * self.stream.settings["max_body_bytes"], self.stream.connection
         with contextlib.suppress(OSError):
             if isinstance(connection, ssl.SSLSocket):
@@ -1487,8 +1485,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.service = service
         self.streams: set[Stream] = set()       # of all connections
         self.changed = threading.Condition()    # of these
-        settings = service.configuration.settings
-        host, port = settings["host"], settings["port"]
+        host, port = (service.configuration.settings[key] for key in ("host", "port"))
         if ":" in host:
             self.address_family = socket.AF_INET6
         threading.stack_size(STACK_SIZE)        # musl would give a thread 128 KiB
@@ -1500,16 +1497,15 @@ class Server(http.server.ThreadingHTTPServer):
             super().__init__((host, port), Handler)
         except OSError as error:
             raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
-        scheme = "https" if service.configuration.tls else "http"
-        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http{'s' * bool(service.configuration.tls)}://{name}:{self.server_address[1]}"
         self.accepting = threading.Thread(target=self.serve_forever, daemon=True)
         self.accepting.start()
 
     def get_request(self) -> Any:
         try:
             connection, address = super().get_request()
-            settings = self.service.configuration.settings
-            return Stream(connection, client_key(address[0]), settings), address
+            return Stream(connection, client_key(address[0]), self.service), address
         except (OSError, MemoryError) as error:
             # Out of descriptors, say: it stays in the queue, and the loop is back for it at once.
             log.error("- cannot accept: %s", describe(error))
@@ -2387,8 +2383,7 @@ def reload(service: Service, arguments: Arguments) -> None:
             log.error("not reloaded: %s", fault)
         return
     service.configuration = new if bool(new.tls) == bool(old.tls) else new._replace(tls=old.tls)
-    log.info("reloaded: %s (another host, port or database, or from http to https or back takes a "
-             "restart)", new.source or "defaults")
+    log.info("reloaded; another host, port, database, from http to https or back takes a restart")
     new.log()
 
 

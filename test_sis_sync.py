@@ -2467,12 +2467,12 @@ class TestBodies:
         assert peak_during(lambda: statuses.append(service.handle(request).status)) < 8 * size
         assert statuses == [200]
 
-    def test_a_request_in_too_many_small_pieces_is_refused(self) -> None:
+    def test_a_request_in_too_many_small_pieces_is_refused(self, service: sis_sync.Service) -> None:
         """Here each byte is read before the next is sent, which a network does not promise."""
         most = sis_sync.MAX_SMALL_PIECES
         ours, its = socket.socketpair()
         with ours, its, pytest.raises(sis_sync.Refusal) as caught:
-            stream = sis_sync.Stream(its, "192.0.2.1", {"request_timeout": 20})
+            stream = sis_sync.Stream(its, "192.0.2.1", service)
             for number in range(2 * most):
                 ours.sendall(b"x")
                 assert stream.readinto(bytearray(9)) == 1
@@ -2480,7 +2480,7 @@ class TestBodies:
         assert number >= most
         ours, its = socket.socketpair()
         with ours, its:
-            stream = sis_sync.Stream(its, "192.0.2.1", {"request_timeout": 20})
+            stream = sis_sync.Stream(its, "192.0.2.1", service)
             for _ in range(most + 100):     # as large as the mean must be
                 ours.sendall(b"x" * sis_sync.MEAN_PIECE)
                 stream.readinto(bytearray(100))
