@@ -1350,7 +1350,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif tls or handshake:
                 self.wrong_scheme = "https, not http" if tls else "http, not https"
         except OSError as error:
-            if tls:
+            if tls:                     # else receive() meets it again, and says what it is
                 log.info("%s %s TLS handshake failed: %s", request.id, request.client, error)
                 return
         if first:                       # else it came and went without a word
