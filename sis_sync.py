@@ -1448,8 +1448,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def parse_request_line(line: str, request: Request) -> str:
-    """Its version. Fills in method and path, be the target in any of its four forms (RFC 9112
-    section 3.2). Raises Refusal."""
+    """Its version. Fills in method and path, of a target in any form of RFC 9112 section 3.2."""
     if len(line) > MAX_REQUEST_LINE:
         raise Refusal("request_too_large", status=414)
     match = required(REQUEST_LINE.fullmatch(line), "a request must begin METHOD TARGET HTTP/1.1")
