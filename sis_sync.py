@@ -1521,7 +1521,7 @@ class Server(http.server.ThreadingHTTPServer):
                 stream.refused = True
                 stream.deadline = time.monotonic() + REFUSED_SECONDS
                 if len(self.streams) - len(served) >= MAX_REFUSED:
-                    self.shutdown_request(request)
+                    self.shutdown_request(request)      # takes the lock again: it is reentrant
                     return
             self.streams.add(stream)
         super().process_request(request, client_address)
