@@ -60,7 +60,7 @@ import traceback
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if sys.version_info < (3, 9):       # noqa: UP036  3.7 and 3.8 can read this file, and come to here
     print("sis_sync: needs Python 3.9 or newer; this is", sys.version.split()[0], file=sys.stderr)
@@ -1555,139 +1555,94 @@ class Server(http.server.ThreadingHTTPServer):
 # The pushing side
 # ---------------------------------------------------------------------------------------------
 
-# All above is the server, all below its tools: it is told what to do by a Configuration, and
-# started by the commands.
+# All above is the server, all below its tools: it is told what to do by a Configuration.
 
 ATTEMPTS = 5                        # further ones after a fault of the connection or the server
-MAX_WAITS = 100                     # of 429 and 503 in a row, before a page is given up
 ANSWER_TIMEOUT = 60.0               # seconds without a byte
-NO_ANSWER = 599                     # the status we give to a connection that failed
 FINAL = ("not_implemented", "http_version_not_supported", "not_configured")   # though 5xx
 ANYONE = Institution("", (), {})    # who has no lists
-
-
-class Row(NamedTuple):
-    """A row of a file, or what is wrong with it."""
-
-    line: int                       # in the file, from 1; in JSON the number of the item
-    student: Student | RowError
+Row = tuple[int, object]            # its line in the file, in JSON its number; and the student
 
 
 class Answer(NamedTuple):
     """What a server answered to a page."""
 
-    status: int
-    retry_after: int | None         # seconds
+    status: int                     # 0: it did not
     document: Mapping[str, Any]
+    retry_after: int = 0            # seconds; 0: it does not say
 
     def __str__(self) -> str:
         words = ": ".join(str(self.document[key]) for key in ("error", "detail")
-                          if key in self.document)
-        return words if self.status == NO_ANSWER else \
-            f"the server answered {self.status} {words or 'in words that are not of sis_sync'}"
+                          if key in self.document) or "in words that are not of sis_sync"
+        return f"the server answered {self.status} {words}" if self.status else words
 
 
 class Push:
     """A roster on its way: pages, patience, and no page lost or sent for nothing. post: gives a
     page to a server, or to whoever judges it in its place."""
 
-    def __init__(self, post: Callable[[Mapping[str, object]], Answer], cohort_id: str, total: int,
-                 stream: TextIO, indent: str = "") -> None:
-        self.post, self.cohort_id, self.total = post, cohort_id, total
-        self.stream, self.indent, self.bar = stream, indent, stream.isatty()
-        self.done = self.sent = self.new = self.updated = self.unchanged = 0
-        self.rejected: list[RowError] = []      # their rows are lines of the file
+    def __init__(self, post: Callable[[Mapping[str, object]], Answer], cohort_id: str,
+                 rows: Sequence[Row], stream: TextIO) -> None:
+        self.post, self.cohort_id, self.rows, self.stream = post, cohort_id, rows, stream
+        self.done = 0                           # rows of pages that were answered with 200
+        self.counts = dict.fromkeys(("imported", "updated", "unchanged"), 0)    # as answers say
+        self.rejected: list[tuple[int, str]] = []       # as rows, with what is wrong with each
         self.ignored: set[str] = set()
         self.started = time.monotonic()
 
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self.started, 0.001)     # a clock may stand still for so long
-
-    def run(self, rows: Iterable[Row], page_size: int) -> None:
+    def run(self, page_size: int) -> None:
         """Send all rows, page by page. Raises CommandError where the server says no for good."""
-        self.rows, self.page_size = iter(rows), page_size
         try:
-            for page in iter(lambda: list(itertools.islice(self.rows, self.page_size)), []):
-                good = [row for row in page if not isinstance(row.student, RowError)]
-                self.rejected += [row.student for row in page if isinstance(row.student, RowError)]
-                self.done += len(page) - len(good)
-                if good and not self.send(good):
-                    self.page_size = len(good) // 2     # of the pages to come, too
-                    self.rows = itertools.chain(good, self.rows)
-                else:
-                    self.show()
+            while self.done < len(self.rows):
+                page = self.rows[self.done:self.done + page_size]
+                answer = self.ask(page)
+                if answer.status == 413 and len(page) > 1:
+                    page_size = len(page) // 2      # of the pages to come, too
+                    continue
+                if not self.count(page, answer.document) or answer.status != 200:
+                    raise CommandError(f"stopped: {answer}")
+                self.done += len(page)
+                self.show()
         finally:
-            self.write("\n" * self.bar)
+            if self.stream.isatty():
+                print(file=self.stream)             # what follows is not for the bar's line
 
-    def send(self, page: Sequence[Row]) -> bool:
-        """Send one page, again and again if that may help; the same page twice does no harm. False:
-        it is too large, and nothing of it is stored."""
-        failures = waits = 0
+    def ask(self, page: Sequence[Row]) -> Answer:
+        """Send a page, again and again if that may help; the same one twice does no harm."""
+        document = {COHORT.name: self.cohort_id, "students": [student for _, student in page]}
+        # Jitter, so that the clients of a server that comes back don't come all at once.
+        waits = [2 ** number * random.uniform(0.75, 1.25) for number in range(ATTEMPTS)]
         while True:
-            answer = self.post({COHORT.name: self.cohort_id,
-                                "students": [row.student for row in page]})
-            status = answer.status
-            if status == 200:
-                self.count(page, answer.document)
-                return True
-            if status == 413 and len(page) > 1:
-                return False
-            if status in (429, 503) and answer.retry_after and waits < MAX_WAITS:
-                waits += 1
-                self.wait(answer.retry_after, "rate limited" if status == 429 else "server busy")
-            elif (status in (408, 429) or status >= 500) and failures < ATTEMPTS \
-                    and answer.document.get("error") not in FINAL:
-                # Jitter, so that the clients of a server that comes back don't come all at once.
-                self.wait(2 ** failures * random.uniform(0.75, 1.25), str(answer))
-                failures += 1
+            answer = self.post(document)
+            passing = answer.status in (0, 408, 429) or answer.status >= 500
+            if answer.status in (429, 503) and answer.retry_after:
+                seconds = float(answer.retry_after)
+            elif passing and waits and answer.document.get("error") not in FINAL:
+                seconds = waits.pop(0)
             else:
-                with contextlib.suppress(LookupError, TypeError, ValueError):
-                    self.reject(page, answer.document["errors"])
-                raise CommandError(f"stopped: {answer}")
+                return answer
+            self.show(f", {answer}; again in {math.ceil(seconds)} s")
+            time.sleep(seconds)
 
-    def count(self, page: Sequence[Row], document: Mapping[str, Any]) -> None:
-        """Count an answer in. Raises CommandError if it is none of ours."""
-        try:
-            self.reject(page, document["errors"])
+    def count(self, page: Sequence[Row], document: Mapping[str, Any]) -> bool:
+        """Count an answer in; row numbers become lines of the file. False if it is none of ours."""
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+            self.rejected += [(page[error["row"] - 1][0], f"{error['error']}: {error['message']}")
+                              for error in document["errors"]]
+            for name in self.counts:
+                self.counts[name] += int(document["details"][name])
             self.ignored.update(map(str, document.get("ignored", ())))
-            self.new += int(document["details"]["imported"])
-            self.updated += int(document["details"]["updated"])
-            self.unchanged += int(document["details"]["unchanged"])
-        except (LookupError, TypeError, ValueError, OverflowError):
-            raise CommandError("stopped: the server answered 200, but not as sis_sync "
-                               "does") from None
-        self.sent += len(page)
-        self.done += len(page)
+            return True
+        return False
 
-    def reject(self, page: Sequence[Row], errors: Iterable[Mapping[str, Any]]) -> None:
-        """Row numbers become lines of the file. Raises LookupError, TypeError or ValueError."""
-        lines = dict(enumerate((row.line for row in page), 1))
-        self.rejected += [RowError(lines[error["row"]], error["field"], str(error["error"]),
-                                   str(error["message"])) for error in errors]
-
-    def wait(self, seconds: float, why: str) -> None:
-        until = time.monotonic() + seconds
-        while seconds > 0:
-            self.show(f"{why}: {math.ceil(seconds)} s")
-            time.sleep(min(seconds, 1) if self.bar else seconds)    # a terminal sees it count down
-            seconds = until - time.monotonic()
-
-    def show(self, waiting: str = "") -> None:
+    def show(self, more: str = "") -> None:
         """How far it is: a bar on a terminal, elsewhere a line for each page."""
-        text = f"{self.done:,} of {self.total:,} students"
-        if self.done:
-            left = math.ceil(self.seconds * (self.total - self.done) / self.done)
-            text += f", {self.done / self.seconds:,.0f}/s, {left // 60}:{left % 60:02} left"
-        text += f", {waiting}" if waiting else ""
-        share = "#" * (20 * self.done // max(self.total, 1))
-        bar = f"\r\x1b[K{self.indent}[{share:<20}] {text}"
-        self.write(bar if self.bar else f"{self.indent}{text}\n")
-
-    def write(self, text: str) -> None:
+        speed = self.done / (time.monotonic() - self.started + 0.001)   # a clock may stand still
+        text = f"{self.done:,} of {len(self.rows):,} students, {speed:,.0f}/s{printable(more)}"
+        bar = "#" * (20 * self.done // len(self.rows))
+        line = f"\r\x1b[K[{bar:<20}] {text}" if self.stream.isatty() else f"{text}\n"
         with contextlib.suppress(OSError):      # a push goes on when nobody looks any more
-            self.stream.write(text)
-            self.stream.flush()
+            print(line, end="", file=self.stream, flush=True)
 
 
 class Client:
@@ -1695,83 +1650,72 @@ class Client:
 
     def __init__(self, url: str, secret: str, ca_file: str | None = None) -> None:
         """Raises CommandError for a URL that is none, or certificates that can't be read."""
-        self.secret = secret
+        self.headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
         try:
             parts = urllib.parse.urlsplit(url)
-            self.host, port = str(parts.hostname or "").encode("idna").decode("ascii"), parts.port
+            self.host = str(parts.hostname or "").encode("idna").decode("ascii")
+            if parts.scheme not in ("http", "https") or not self.host or parts.port == 0:
+                raise ValueError
         except ValueError:
-            self.host = ""
-        if not self.host or parts.scheme not in ("http", "https"):
-            raise CommandError(f"--url {url}: must be http:// or https://, and a host")
+            raise CommandError(f"--url {url}: must be http:// or https://, and a host") from None
         self.path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%") or SYNC_PATH
-        self.https = parts.scheme == "https"
-        self.in_clear_text = not self.https and self.host not in ("localhost", "127.0.0.1", "::1")
-        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
-        options: dict[str, Any] = {"timeout": ANSWER_TIMEOUT}
-        if self.https:
+        kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        if parts.scheme == "https":
             try:
-                options["context"] = ssl.create_default_context(cafile=ca_file)
+                context = ssl.create_default_context(cafile=ca_file)
             except OSError as error:        # ssl.SSLError is one
                 raise CommandError(f"--ca-file {ca_file}: {error.strerror or error}") from None
-            kind = http.client.HTTPSConnection
-        # Without a port, http.client would look for one in the host, and find it in ::1.
-        self.connect = functools.partial(kind, self.host, port or kind.default_port, **options)
+            kind = functools.partial(http.client.HTTPSConnection, context=context)
+        elif self.host not in ("localhost", "127.0.0.1", "::1"):
+            say("warning: http:// to another machine sends secret and students in clear text")
+        self.connect = functools.partial(kind, parts.netloc.rpartition("@")[2],
+                                         timeout=ANSWER_TIMEOUT)
 
     def post(self, document: Mapping[str, object]) -> Answer:
-        """One request. A connection that fails counts as a fault of the server, NO_ANSWER. Raises
-        CommandError for what no later attempt would mend."""
+        """One request, no redirect followed. Raises CommandError if no later one would help."""
+        body = json.dumps(document).encode()
         try:
-            body = json.dumps(document, allow_nan=False).encode()
-        except (ValueError, RecursionError):
-            raise CommandError("stopped: a row can't be written as JSON") from None
-        connection = self.connect()
-        try:
-            connection.connect()
-            # A server that refuses a request early closes while it is being sent; its answer is
-            # there to be read all the same.
-            with contextlib.suppress(ConnectionError, ssl.SSLEOFError):
-                connection.request("POST", self.path, body, {
-                    "Authorization": f"Bearer {self.secret}", "Content-Type": "application/json",
-                    "User-Agent": f"sis_sync/{__version__}"})
-            response = connection.getresponse()
-            text = response.read()
+            with contextlib.closing(self.connect()) as connection:
+                connection.connect()
+                # A server that refuses a request early closes while it is being sent; its answer
+                # is there to be read all the same.
+                with contextlib.suppress(ConnectionError, ssl.SSLEOFError):
+                    connection.request("POST", self.path, body, self.headers)
+                response = connection.getresponse()
+                text = response.read()
         except (OSError, http.client.HTTPException) as error:
-            return Answer(NO_ANSWER, None, {"error": f"no answer from {self.host}",
-                                            "detail": f"{error}{self.hint(error)}"})
-        finally:
-            connection.close()
+            self.explain(error)
+            return Answer(0, {"error": f"no answer from {self.host}", "detail": str(error)})
         answer: dict[str, Any] = {}
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             answer = dict(json.loads(text))
-        if "Location" in response.headers:
-            answer = {"error": "redirect", "detail": "it points to "
-                      f"{response.headers['Location']}: push there"}
+        target = response.headers.get("Location")
+        if target:
+            answer = {"error": "redirect", "detail": f"it points to {target}: push there"}
         seconds = re.fullmatch("[0-9]{1,6}", response.headers.get("Retry-After", ""))
-        return Answer(response.status, max(1, int(seconds[0])) if seconds else None, answer)
+        return Answer(response.status, answer, int(seconds[0]) if seconds else 0)
 
-    def hint(self, error: Exception) -> str:
-        """What may mend a connection that failed. Raises CommandError if only a person can."""
+    def explain(self, error: Exception) -> None:
+        """Raises CommandError for a fault of the connection that only a person can mend."""
+        words = ""
         if isinstance(error, ssl.SSLCertVerificationError):
-            why, named = error.verify_message, "match" in error.verify_message
-            words = f"certificate of {self.host} is for another name: {why}" if named else \
-                f"certificate is not trusted: {self.host}: {why}; --ca-file names one to trust"
-            raise CommandError(f"stopped: the {words}")
-        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-            raise CommandError(f"stopped: {self.host} does not speak https at this port; does it "
-                               f"speak http? ({error.reason})")
-        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-            raise CommandError(f"stopped: the name {self.host} does not resolve; is it spelt "
-                               "right?")
-        known = self.https or isinstance(error, (ConnectionRefusedError, socket.gaierror))
-        return "" if known else "; does it speak https?"
+            words = f"has a certificate that does not hold: {error.verify_message}"
+            if "match" not in error.verify_message:
+                words += "; --ca-file names one to trust"
+        elif isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            words = f"does not speak https at this port; does it speak http? ({error.reason})"
+        elif isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+            words = "is a name that does not resolve; is it spelt right?"
+        if words:
+            raise CommandError(f"stopped: {self.host} {words}")
 
 
 def judge(document: Mapping[str, Any]) -> Answer:
     """The answer of a server without lists, by the same functions; nothing is sent or stored."""
     batch = check_batch(document, ANYONE, len(document["students"]))
-    return Answer(200, None, {"details": dict.fromkeys(("imported", "updated", "unchanged"), 0),
-                              "errors": [error._asdict() for error in batch.errors],
-                              "ignored": batch.ignored})
+    return Answer(200, {"details": dict.fromkeys(("imported", "updated", "unchanged"), 0),
+                        "errors": [error._asdict() for error in batch.errors],
+                        "ignored": batch.ignored})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1912,206 +1856,168 @@ def responses(route: str, schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:
 # that is always there; `--map student_id_ext=identifier` takes the number that people read.
 ONEROSTER = {"student_id_ext": "sourcedId", "email": "email", "first_name": "givenName",
              "last_name": "familyName"}
-BOOLEANS = {"true": True, "yes": True, "y": True, "t": True, "1": True,
+BOOLEANS = {"": None, "true": True, "yes": True, "y": True, "t": True, "1": True,
             "false": False, "no": False, "n": False, "f": False, "0": False}
-MAX_CELL_LINES = 10                 # line ends; more is a quote that was not meant to open a cell
-NO_CSV = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "an Excel workbook",
-          b"\xd0\xcf\x11\xe0": "an Excel workbook"}
+MAX_CELL_LINES = 10                 # more is a quote that was not meant to open a cell
+NO_CSV = {rb"\xff\xfe|\xfe\xff|.?\0": "UTF-16",     # with its mark or without
+          rb"PK\x03\x04|\xd0\xcf\x11\xe0": "an Excel workbook"}
 
 
-class RosterFile(NamedTuple):
-    """A file to push: its rows as a stream, how many there will be, what a person should know."""
-
-    rows: Iterator[Row]
-    total: int
-    notes: list[str]                # of a CSV; there are none on JSON
-
-
-def open_roster_file(path: str, mapping: Mapping[str, str], encoding: str = "") -> RosterFile:
-    """Read a file, or standard input for "-". mapping: field to header, from --map. Raises
-    CommandError for a file that can't be understood, before a row of it is sent."""
+def read_roster(path: str, mapping: Mapping[str, str],
+                encoding: str = "") -> tuple[str, list[Row], list[tuple[int, str]]]:
+    """A file, or standard input for "-": what the numbers of its rows count, the rows, and others
+    that are no students, with what is wrong. mapping: field to header, from --map. Raises
+    CommandError for a file that can't be understood."""
     try:
-        file: BinaryIO = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
-        if path == "-" or not file.seekable():
-            file = io.BytesIO(file.read())          # it is read more than once
-        start = file.read(4096)
-        file.seek(0)
+        data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror or error}") from error
-    if b"\0" in start[:4]:
-        start = b"\xff\xfe"             # UTF-16 without its mark
-    for signature in filter(start.startswith, NO_CSV):
-        raise CommandError(f"{path}: is {NO_CSV[signature]}; save it as \"CSV UTF-8\"")
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
-        return read_csv_file(Table(path, file, encoding), mapping)
+    for pattern, kind in NO_CSV.items():
+        if re.match(pattern, data, re.DOTALL):
+            raise CommandError(f"{path}: is {kind}; save it as \"CSV UTF-8\"")
+    if not re.match(rb"[\xef\xbb\xbf\s]*[\[{]", data):
+        return "line", *read_csv(path, data, mapping, encoding)
     try:                                            # an array of students, or a request body
-        document = parse_json(bytearray(file.read()))
+        document = parse_json(bytearray(data))
     except Refusal as refusal:
         raise CommandError(f"{path}: {refusal.detail.partition(': send')[0]}") from None
     students = document.get("students") if isinstance(document, dict) else document
     if not isinstance(students, list):
-        raise CommandError(f"{path}: must be an array of students, or an object that has them in "
-                           "students")
-    return RosterFile(itertools.starmap(Row, enumerate(students, 1)), len(students), [])
+        raise CommandError(f"{path}: must be an array of students, or have one in students")
+    return "item", list(enumerate(students, 1)), []
 
 
-class Table:
-    """A CSV with a header: UTF-8, else Windows-1252; comma, semicolon or tab. It can be read again
-    and again, a line at a time: a file of any size takes the same memory."""
-
-    def __init__(self, path: str, file: BinaryIO, encoding: str = "") -> None:
-        self.path, self.encoding = path, find_encoding(path, file, encoding)
-        file.seek(0)
-        self.text = io.TextIOWrapper(file, self.encoding, newline="")
-        first = next(filter(str.strip, self.text), "")
-        # The delimiter stands most often in the header, outside quotes; Excel may say it before.
-        stated = re.fullmatch(r'sep=([^"\s\0]|\t)\s*', first)
-        self.delimiter = stated[1] if stated else max(
-            ",;\t", key=re.sub(r'"[^"]*"', "", first).count)
-        self.header_line = 0            # until it is known, records() begins with it
-        self.header_line, header = next(self.records(), (0, []))
-        self.header = [cell.strip() for cell in header]
-        if not header:
-            raise CommandError(f"{path}: is empty; it must begin with a header")
-        while not self.header[-1]:
-            self.header.pop()
-        self.names = [folded(cell) for cell in self.header]
-        self.is_oneroster = {"sourcedid", "givenname", "familyname"} <= set(self.names)
-
-    def records(self) -> Iterator[tuple[int, list[str]]]:
-        """The cells of each record after the header, with the number of the line it begins on;
-        blank ones are left out. Strict: else a stray quote takes all up to the next one into its
-        cell, a whole roster perhaps, without a word. Raises CommandError."""
-        self.text.seek(0)
-        reader = csv.reader(self.text, delimiter=self.delimiter, strict=True,
-                            skipinitialspace=True)
-        line = 1
-        try:
-            for cells in reader:
-                if reader.line_num - line > MAX_CELL_LINES and any(
-                        len(cell.splitlines()) > MAX_CELL_LINES for cell in cells):
-                    raise csv.Error(f"a cell of over {MAX_CELL_LINES} lines")
-                if line > self.header_line and "".join(cells).strip() \
-                        and not (line == 1 and cells[0] == "sep="):
-                    yield line, cells
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise CommandError(f"{self.path}: line {line}: {error}: is there a quote too many, or "
-                               "one too few?") from None
-
-    def cell(self, cells: Sequence[str], name: str) -> str:
-        """The cell of that column, if there is one; Excel leaves empty ones at the end away."""
-        index = self.names.index(folded(name)) if folded(name) in self.names else len(cells)
-        return "".join(cells[index:index + 1]).strip()
+def read_csv(path: str, data: bytes, mapping: Mapping[str, str],
+             encoding: str) -> tuple[list[Row], list[tuple[int, str]]]:
+    """Of a CSV, or a OneRoster users.csv: students only. Raises CommandError."""
+    header, records = read_table(path, data, encoding)
+    names = set(map(folded, header))
+    oneroster = {"sourcedid", "givenname", "familyname"} <= names
+    students = read_roles(path) if oneroster and "role" not in names else None
+    columns = find_columns(path, header, {**(ONEROSTER if oneroster else {}), **mapping})
+    rows: list[Row] = []
+    faults = []
+    left_out: collections.Counter[str] = collections.Counter()
+    for line, record in records:
+        if students is not None:
+            record["role"] = "student" if record["sourcedid"] in students else "another"
+        reason = why_left_out(record) if oneroster else ""
+        student = student_of(record, columns)
+        if reason:
+            left_out[reason] += 1
+        elif isinstance(student, str):
+            faults.append((line, student))
+        else:
+            rows.append((line, student))
+    say(*(f"left out: {number:,} rows that are {reason}" for reason, number in left_out.items()))
+    return rows, faults
 
 
-def find_encoding(path: str, file: BinaryIO, stated: str) -> str:
+def read_table(path: str, data: bytes, encoding: str,
+               ) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
+    """The header of a CSV, and its records by folded header, each with the line it begins on; under
+    "" is what stands beyond the header. Strict: else a stray quote takes all up to the next one
+    into its cell, a whole roster perhaps, without a word. Raises CommandError."""
+    encoding = find_encoding(path, data, encoding)
+    lines = io.TextIOWrapper(io.BytesIO(data), encoding, newline="").readlines()
+    # The delimiter is the one that stands most often in the header, outside quotes.
+    first = re.sub(r'"[^"]*"', "", next(filter(str.strip, lines), ""))
+    reader = csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True,
+                        skipinitialspace=True)
+    records, line = [], 1
+    try:
+        for cells in reader:
+            if reader.line_num - line > MAX_CELL_LINES and any(
+                    len(cell.splitlines()) > MAX_CELL_LINES for cell in cells):
+                raise csv.Error(f"a cell of over {MAX_CELL_LINES} lines")
+            cells = [cell.strip(WHITE_SPACE) for cell in cells]
+            while cells and not cells[-1]:          # Excel adds some, or leaves them away
+                cells.pop()
+            if cells:
+                records.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise CommandError(f"{path}: line {line}: {error}: is there a quote too many, or one too "
+                           "few?") from None
+    if not records:
+        raise CommandError(f"{path}: is empty; it must begin with a header")
+    _, header = records.pop(0)
+    names = [folded(cell) or "nameless" for cell in header]
+    return header, ((line, dict(itertools.zip_longest(names, cells, fillvalue="")))
+                    for line, cells in records)
+
+
+def find_encoding(path: str, data: bytes, stated: str) -> str:
     """Raises CommandError for a file that is in no encoding, in two, or not in the stated one."""
-    good: dict[str, int] = {}           # the first line beyond ASCII that an encoding can read
-    bad: dict[str, int] = {}            # the first one that it can't
-    for number, line in enumerate(file, 1):
-        for encoding in () if line.isascii() else ("utf-8-sig", "cp1252"):
-            try:
-                line.decode(encoding)
-                good.setdefault(encoding, number)
-            except UnicodeDecodeError:
-                bad.setdefault(encoding, number)
-    if not stated and "utf-8-sig" in good and "utf-8-sig" in bad:
-        raise CommandError(f"{path}: line {bad['utf-8-sig']} is not UTF-8, but line "
-                           f"{good['utf-8-sig']} is: mend it, or say which it is with --encoding "
-                           "cp1252")
-    encoding = stated or ("cp1252" if "utf-8-sig" in bad else "utf-8-sig")
-    if encoding in bad:
-        raise CommandError(f"{path}: line {bad[encoding]} is " + (
-            f"not {stated}" if stated else "neither UTF-8 nor Windows-1252"))
-    return encoding
+    encoding = "cp1252" if stated == "cp1252" else "utf-8-sig"
+    try:
+        data.decode(encoding)
+        return encoding
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+    if stated:
+        raise CommandError(f"{path}: line {line} is not {stated}")
+    if not data.decode("utf-8", "ignore").isascii():
+        raise CommandError(f"{path}: line {line} is not UTF-8, but others are: mend it, or say "
+                           "which it is with --encoding cp1252")
+    say(f"warning: {path} is not UTF-8, so read as Windows-1252: see that names come out right")
+    return find_encoding(path, data, "cp1252")
 
 
-def read_csv_file(table: Table, mapping: Mapping[str, str]) -> RosterFile:
-    """The students of a CSV. It is read once, for its faults and its length, before a row is sent:
-    nothing is half done. mapping: from --map. Raises CommandError."""
-    left_out, note = oneroster_filter(table) if table.is_oneroster else (lambda cells: "", "")
-    columns = find_columns(table, mapping)
-    missing = [name for name in NAMES if name not in columns]
-    unused = [repr(cell) for index, cell in enumerate(table.header)
-              if index not in columns.values()]
-    reasons = collections.Counter(left_out(cells) for _, cells in table.records())
-    notes = [words for holds, words in (
-        (table.encoding == "cp1252",
-         "warning: not UTF-8, so read as Windows-1252: see that names come out right"),
-        (note, note),
-        (columns, "columns: " + ", ".join(f"{name} from {table.header[index]!r}"
-                                          for name, index in columns.items())),
-        (missing, f"no column for {', '.join(missing)}: it will be null for every student"),
-        (unused, f"not used: {len(unused)} columns: {', '.join(unused)}"),
-        *((reason, f"left out: {number:,} rows that are {reason}")
-          for reason, number in reasons.items())) if holds]
-    rows = (Row(line, student_of(line, cells, len(table.header), columns))
-            for line, cells in table.records() if not left_out(cells))
-    return RosterFile(rows, reasons[""], notes)
-
-
-def find_columns(table: Table, mapping: Mapping[str, str]) -> dict[str, int]:
-    """The column of each field that has one. Raises CommandError with all that is wrong."""
-    wanted = {**dict(zip(NAMES, NAMES)), **(ONEROSTER if table.is_oneroster else {}), **mapping}
-    columns = {name: table.names.index(folded(header)) for name, header in wanted.items()
-               if folded(header) in table.names}
-    faults = [f"{table.path}: no column {wanted[field.name]!r} for {field.name}" for field in FIELDS
-              if field.name not in columns and (field.required or field.name in mapping)]
-    faults += [f"{table.path}: two columns are called {wanted[name]!r}: rename one"
-               for name in columns if table.names.count(folded(wanted[name])) > 1]
+def find_columns(path: str, header: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
+    """The folded header of each field that has a column. Raises CommandError with all faults."""
+    names = [folded(cell) for cell in header]
+    wanted = {**dict(zip(NAMES, NAMES)), **mapping}
+    needed = {*mapping, *(field.name for field in FIELDS if field.required)}
+    found = {name: names.count(folded(cell)) for name, cell in wanted.items()}
+    faults = [f"{path}: must have one column {wanted[name]!r}, and has {found[name]}"
+              for name in NAMES if found[name] > 1 or not found[name] and name in needed]
     if faults:
-        raise CommandError(*faults, f"{table.path}: its header has: {', '.join(table.header)}",
+        raise CommandError(*faults, f"{path}: its header has: {', '.join(header)}",
                            "where a column has another name: --map FIELD=HEADER")
+    columns = {name: folded(cell) for name, cell in wanted.items() if found[name]}
+    missing = [name for name in NAMES if name not in columns]
+    unused = [repr(cell) for cell in header if folded(cell) not in columns.values()]
+    if missing:
+        say(f"no column for {', '.join(missing)}: it will be null for every student")
+    if unused:
+        say(f"not used: {len(unused)} columns: {', '.join(unused)}")
     return columns
 
 
-def student_of(line: int, cells: Sequence[str], width: int,
-               columns: Mapping[str, int]) -> Student | RowError:
-    """A record's cells as a student, or the fault that only the file shows."""
-    needed = 1 + max(columns[field.name] for field in FIELDS if field.required)
-    if len(cells) < needed or any(cells[width:]):
-        return RowError(line, None, "wrong_columns",
-                        f"{len(cells)} columns where the header has {width}")
-    cells = [*cells, *[""] * width]     # Excel leaves the last ones away when they are empty
-    student: dict[str, Any] = {name: cells[index] for name, index in columns.items()}
+def student_of(record: Mapping[str, str], columns: Mapping[str, str]) -> Student | str:
+    """A record as a student, or what is wrong with it that only the file shows."""
+    student: dict[str, Any] = {name: record[column] for name, column in columns.items()}
+    if "" in record:
+        return "wrong_columns: more columns than the header has"
     # What Excel makes of a long number: its last digits are lost for good.
-    if re.fullmatch(r"\s*[0-9]([.,][0-9]+)?[Ee]\+[0-9]{2,}\s*", student[KEY.name]):
-        return RowError(line, KEY.name, "scientific_notation", f"{KEY.name} is a number as a "
-                        "spreadsheet shortens it, its last digits lost: format the column as "
-                        "text, export again")
+    if re.fullmatch(r"[0-9]([.,][0-9]+)?[Ee]\+[0-9]{2,}", student[KEY.name]):
+        return f"scientific_notation: {KEY.name} is a number as a spreadsheet shortens it: " \
+               "format the column as text, export again"
     for name in [field.name for field in FIELDS if field.kind is bool and field.name in columns]:
-        word = student[name].strip().casefold()
-        if word and word not in BOOLEANS:
-            return RowError(line, name, "invalid_field",
-                            f"{name} must be empty or one of {', '.join(BOOLEANS)}")
-        student[name] = BOOLEANS.get(word)
+        word = student[name].casefold()
+        if word not in BOOLEANS:
+            words = ", ".join(filter(None, BOOLEANS))
+            return f"invalid_field: {name} must be empty or one of {words}"
+        student[name] = BOOLEANS[word]
     return student
 
 
-def oneroster_filter(table: Table) -> tuple[Callable[[Sequence[str]], str], str]:
-    """Whom to leave out of a OneRoster users.csv, as a function that says why; and a note."""
-    note = "OneRoster users.csv: students only, without those to be deleted"
-    path, students = pathlib.Path(table.path).with_name("roles.csv"), None
-    with_role = "role" in table.names
-    if not with_role and table.path != "-" and path.exists():       # OneRoster 1.2
-        with open(path, "rb") as file:
-            roles = Table(str(path), file)
-            students = {roles.cell(cells, "userSourcedId") for _, cells in roles.records()
-                        if roles.cell(cells, "role").lower() == "student"
-                        and roles.cell(cells, "status").lower() != "tobedeleted"}
-    elif not with_role:
-        note = "OneRoster users.csv without roles: everybody in it is taken for a student; put " \
-               "roles.csv beside it if it has others"
+def read_roles(path: str) -> set[str] | None:
+    """Who is a student by the roles.csv of OneRoster 1.2, if there is one beside users.csv."""
+    roles = pathlib.Path(path).with_name("roles.csv")
+    if path == "-" or not roles.exists():
+        say("no roles: everybody is taken for a student; put roles.csv beside it if some are not")
+        return None
+    _, records = read_table(str(roles), roles.read_bytes(), "")
+    return {record.get("usersourcedid", "") for _, record in records if not why_left_out(record)}
 
-    def left_out(cells: Sequence[str]) -> str:
-        if table.cell(cells, "status").lower() == "tobedeleted":
-            return "to be deleted"
-        student = table.cell(cells, "role").lower() == "student" if with_role else \
-            students is None or table.cell(cells, "sourcedId") in students
-        return "" if student else "no students"
 
-    return left_out, note
+def why_left_out(record: Mapping[str, str]) -> str:
+    """Of OneRoster's users, or roles; "" for a student."""
+    if record.get("status", "").lower() == "tobedeleted":
+        return "to be deleted"
+    return "" if record.get("role", "student").lower() == "student" else "no students"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2488,32 +2394,26 @@ def reading(path: str, migrated: bool = False) -> Iterator[sqlite3.Connection]:
 
 def command_push(arguments: Arguments) -> int:
     """Send a file to a server, as the roster of one cohort."""
-    file = open_roster_file(arguments.file, dict(arguments.map),
-                            arguments.encoding.replace("utf-8", "utf-8-sig"))
-    say(*file.notes)
-    if not file.total:
+    unit, rows, faults = read_roster(arguments.file, dict(arguments.map), arguments.encoding)
+    if not rows and not faults:
         say(f"{arguments.file}: no students, so nothing is sent")
         return 1
     post = judge
     if not arguments.dry_run:
         if not arguments.url:
             raise CommandError("push takes --url URL, or --dry-run")
-        client = Client(arguments.url, push_secret(arguments.secret_file), arguments.ca_file)
-        post = client.post
-        if client.in_clear_text:
-            say("warning: http:// to another machine sends the secret and the students in clear "
-                "text")
-    push = Push(post, arguments.cohort, file.total, sys.stderr)
-    status, stopped = 0, ""
+        post = Client(arguments.url, push_secret(arguments.secret_file), arguments.ca_file).post
+    push = Push(post, arguments.cohort, rows, sys.stderr)
+    push.rejected += faults
+    status = 0
     try:
-        push.run(file.rows, arguments.batch)
-    except (CommandError, Refusal) as error:
-        stopped = getattr(error, "detail", str(error))
-        say(f"sis_sync: {stopped}")
+        push.run(arguments.batch)
+    except (CommandError, Refusal, RecursionError) as error:
+        say(f"sis_sync: {getattr(error, 'detail', error)}")
         status = 2
     except KeyboardInterrupt:
-        status, stopped = 130, "Ctrl-C"
-    report(push, stopped, "line" if file.notes else "item", arguments)
+        status = 130
+    report(push, unit, arguments.dry_run)
     return status or bool(push.rejected)
 
 
@@ -2533,32 +2433,17 @@ def push_secret(file: str | None) -> str:
     return secret.decode("latin-1")
 
 
-def report(push: Push, stopped: str, unit: str, arguments: Arguments) -> None:
+def report(push: Push, unit: str, dry_run: bool) -> None:
     """The end of a push: the counts, every rejected row with its line, and what to do next."""
-    dry_run, done = arguments.dry_run, "checked" if arguments.dry_run else "sent"
-    rejected = sorted(push.rejected, key=lambda error: error.row)
-    if arguments.json:
-        print(json.dumps({
-            "cohort_id": arguments.cohort, "stopped": stopped or None, done: push.sent,
-            "new": push.new, "updated": push.updated, "unchanged": push.unchanged,
-            "rejected": [dict(zip(("line", *RowError._fields[1:]), error)) for error in rejected],
-            "ignored": sorted(push.ignored), "seconds": round(push.seconds, 3)}))
-        return
-    print(printable(f"cohort {arguments.cohort}: {'stopped after ' * bool(stopped)}{push.sent:,} "
-                    f"students {done} in {push.seconds:.1f} s"))
-    print("  " + f"new {push.new:,}, updated {push.updated:,} (of these unchanged "
-          f"{push.unchanged:,}), " * (not dry_run) + f"rejected {len(rejected):,}")
+    told = [f"cohort {push.cohort_id}: {push.done:,} of {len(push.rows):,} students "
+            + ("checked" if dry_run else "sent"),
+            "  " + "new {imported:,}, updated {updated:,} (of these unchanged {unchanged:,}), "
+            .format_map(push.counts) * (not dry_run) + f"rejected {len(push.rejected):,}"]
     if push.ignored:
-        print(printable(f"  ignored, as they are no fields: {', '.join(sorted(push.ignored))}"))
-    for error in rejected:
-        print(printable(f"  {unit} {error.row}: {error.error}: {error.message}"))
-    if stopped and not dry_run:
-        print("What is sent is stored. Push the whole file again when the cause is mended; that is "
-              "safe.")
-    elif rejected:
-        print("Mend these lines and push the whole file again; it is safe, however often.")
-    elif not dry_run:
-        print("To push the same file again is safe, however often.")
+        told.append(f"  ignored, as they are no fields: {', '.join(sorted(push.ignored))}")
+    told += [f"  {unit} {number}: {fault}" for number, fault in sorted(push.rejected)]
+    told.append("To push the whole file again is safe, however often.")
+    print(*map(printable, told), sep="\n")
 
 
 def command_export(arguments: Arguments) -> int:
@@ -2710,10 +2595,10 @@ def demo_steps(url: str, secret: str) -> None:
     done = []
     for title in ("12,000 students in pages of 5,000", "The same again"):
         print(f"{title}:")
-        push = Push(Client(url, secret).post, "2026", len(students), sys.stdout, "  ")
-        push.run(itertools.starmap(Row, enumerate(students, 1)), 5000)
-        counts = f"{push.new:,} new, {push.updated:,} updated, {push.unchanged:,} unchanged"
-        done.append((title, 200, f"{counts}, {push.seconds:.1f} s"))
+        push = Push(Client(url, secret).post, "2026", list(enumerate(students, 1)), sys.stdout)
+        push.run(5000)
+        done.append((title, 200, "{imported:,} new, {updated:,} updated, {unchanged:,} unchanged"
+                     .format_map(push.counts)))
     one, bad, cohort = students[:1], {"student_id_ext": "U7"}, {"cohort_id": "2026"}
     for title, status, document in (
             ("A bad row is reported, the good one kept", 200, {**cohort, "students": [*one, bad]}),
