@@ -1552,6 +1552,7 @@ class Server(http.server.ThreadingHTTPServer):
 # All above is the server, all below its tools: it is told what to do by a Configuration.
 
 ATTEMPTS = 5                        # further ones after a fault of the connection or the server
+MAX_REQUESTS = 100                  # for one page, however often a server asks to wait
 ANSWER_TIMEOUT = 60.0               # seconds without a byte
 FINAL = ("not_implemented", "http_version_not_supported", "not_configured")   # though 5xx
 ANYONE = Institution("", (), {})    # who has no lists
@@ -1606,7 +1607,7 @@ class Push:
         document = {COHORT.name: self.cohort_id, "students": [student for _, student in page]}
         # Jitter, so that the clients of a server that comes back don't come all at once.
         waits = [2 ** number * random.uniform(0.75, 1.25) for number in range(ATTEMPTS)]
-        while True:
+        for _ in range(MAX_REQUESTS):
             answer = self.post(document)
             passing = answer.status in (0, 408, 429) or answer.status >= 500
             if answer.status in (429, 503) and answer.retry_after:
@@ -1614,9 +1615,10 @@ class Push:
             elif passing and waits and answer.document.get("error") not in FINAL:
                 seconds = waits.pop(0)
             else:
-                return answer
+                break
             self.show(f", {answer}; again in {math.ceil(seconds)} s")
             time.sleep(seconds)
+        return answer
 
     def count(self, page: Sequence[Row], document: Mapping[str, Any]) -> bool:
         """Count an answer in; row numbers become lines of the file. False if it is none of ours."""
@@ -2253,9 +2255,11 @@ def reload(service: Service, arguments: Arguments) -> None:
 
 def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
     """The body as a WSGI server hands it on: up to Content-Length, or to its end if it has one."""
-    read = environ["wsgi.input"].read
+    read, terminated = environ["wsgi.input"].read, environ.get("wsgi.input_terminated")
+    required(terminated or "transfer-encoding" not in headers,
+             "this host does not hand chunked bodies on: send a Content-Length")
     try:
-        if "content-length" in headers or not environ.get("wsgi.input_terminated"):
+        if "content-length" in headers or not terminated:
             yield from exactly(int(headers.get("content-length", "0")), read)
         else:
             yield from iter(lambda: read(PIECE), b"")
@@ -2471,8 +2475,12 @@ def command_backup(arguments: Arguments) -> int:
     """Copy the database as it is at one moment, while the server goes on."""
     with reading(configuration_for(arguments).settings["database"]) as source:
         new_file(arguments.file).close()
-        with contextlib.closing(open_database(arguments.file)) as target:
-            source.backup(target)
+        try:
+            with contextlib.closing(open_database(arguments.file)) as target:
+                source.backup(target)
+        except BaseException:
+            os.remove(arguments.file)       # half a copy must not pass for one
+            raise
     faults = check_database(arguments.file)
     say(*faults, f"{arguments.file}: " + ("a copy of a damaged database" if faults else "good"))
     return 1 if faults else 0
