@@ -71,6 +71,7 @@ if TYPE_CHECKING:                   # where X | Y may stand outside annotations 
     Student = Mapping[str, object]
     Record = tuple[str | int | None, ...]   # a good row: its values in the order of FIELDS
     Headers = tuple[tuple[str, str], ...]
+    Document = Mapping[str, object]
 
 __version__ = "2.0.0"
 log = logging.getLogger("sis_sync")
@@ -727,8 +728,7 @@ def check_batch(parsed: object, institution: Institution, most: int) -> Batch:
 # ---------------------------------------------------------------------------------------------
 
 class Counts(NamedTuple):
-    """What a sync did. updated: rows already known; unchanged: those of them that held the same. In
-    the answer `details.imported` is new, and `imported` is new and updated together."""
+    """What a sync did. updated: rows already known; unchanged: those of them that held the same."""
 
     received: int
     new: int
@@ -737,73 +737,131 @@ class Counts(NamedTuple):
     rejected: int
 
 
-# A field added later is null in the entries that are there: so only the key is NOT NULL.
-COLUMNS = {field.name: ("TEXT" if field.kind is str else "INTEGER") + " NOT NULL" * (field is KEY)
-           for field in FIELDS}
 HISTORY = ("time", "institution", "cohort_id", "client", *Counts._fields, "milliseconds", "errors")
+# None is NOT NULL: a field that is added later is null in the entries that are there.
+COLUMNS = {field.name: "TEXT" if field.kind is str else "INTEGER" for field in FIELDS}
 
 # Times are UTC in whole seconds since 1970. The entries have a rowid, and with it the order in
 # which they arrived: a page of new students is one run of the file, whatever the order of their
 # ids. (Kept in the order of their key, a page of scattered ids touches half of the file.)
-TABLES = {
-    "rosters": "roster_id INTEGER PRIMARY KEY, institution TEXT NOT NULL, cohort_id TEXT NOT NULL, "
-               "UNIQUE (institution, cohort_id)",
-    "entries": "entry_id INTEGER PRIMARY KEY, "
-               "roster_id INTEGER NOT NULL REFERENCES rosters (roster_id), "
-               + ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-               + ", created_at INTEGER NOT NULL, changed_at INTEGER NOT NULL, "
-               f"seen_at INTEGER NOT NULL, UNIQUE (roster_id, {KEY.name})",
-    "syncs": "sync_id INTEGER PRIMARY KEY, time INTEGER NOT NULL, institution TEXT NOT NULL, "
-             "cohort_id TEXT NOT NULL, client TEXT NOT NULL, "
-             + ", ".join(f"{name} INTEGER NOT NULL" for name in Counts._fields)
-             + ", milliseconds INTEGER NOT NULL, errors TEXT NOT NULL",
-}
-SYNCS_INDEX = "CREATE INDEX syncs_by_institution ON syncs (institution)"
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS rosters (roster_id INTEGER PRIMARY KEY,
+    institution TEXT NOT NULL, cohort_id TEXT NOT NULL, UNIQUE (institution, cohort_id));
+CREATE TABLE entries (entry_id INTEGER PRIMARY KEY,
+    roster_id INTEGER NOT NULL REFERENCES rosters (roster_id),
+    {", ".join(map(" ".join, COLUMNS.items()))}, created_at INTEGER NOT NULL,
+    changed_at INTEGER NOT NULL, seen_at INTEGER NOT NULL, UNIQUE (roster_id, {KEY.name}));
+CREATE TABLE IF NOT EXISTS syncs (sync_id INTEGER PRIMARY KEY, time INTEGER NOT NULL,
+    institution TEXT NOT NULL, cohort_id TEXT NOT NULL, client TEXT NOT NULL,
+    {" INTEGER NOT NULL, ".join((*Counts._fields, "milliseconds"))} INTEGER NOT NULL,
+    errors TEXT NOT NULL);
+DROP INDEX IF EXISTS syncs_by_time;
+CREATE INDEX syncs_by_institution ON syncs (institution)"""
 
-# The public way to read, with names and times as people read them: these stay what they are,
-# whatever becomes of the tables.
-UTC = "strftime('%Y-%m-%dT%H:%M:%SZ', {0}, 'unixepoch') AS {1}".format
-VIEWS = {
-    "roster": f"SELECT institution, cohort_id, {', '.join(NAMES)}, {UTC('created_at', 'created')}, "
-              f"{UTC('changed_at', 'changed')}, {UTC('seen_at', 'seen')} "
-              "FROM entries JOIN rosters USING (roster_id)",
-    "history": f"SELECT sync_id, {UTC('time', 'time')}, {', '.join(HISTORY[1:])} FROM syncs",
-}
-
-
-def create(connection: sqlite3.Connection) -> None:
-    for table, columns in TABLES.items():
-        connection.execute(f"CREATE TABLE {table} ({columns})")
-    connection.execute(SYNCS_INDEX)
+# The public way to read: these stay what they are, whatever becomes of the tables.
+UTC = "strftime('%Y-%m-%dT%H:%M:%SZ', {}, 'unixepoch')".format
+VIEWS = f"""
+DROP VIEW IF EXISTS roster;
+CREATE VIEW roster AS SELECT institution, cohort_id, {", ".join(NAMES)},
+    {UTC("created_at")} AS created, {UTC("changed_at")} AS changed, {UTC("seen_at")} AS seen
+    FROM entries JOIN rosters USING (roster_id);
+DROP VIEW IF EXISTS history;
+CREATE VIEW history AS SELECT sync_id, {UTC("time")} AS time, {", ".join(HISTORY[1:])} FROM syncs"""
 
 
-def give_rowids(connection: sqlite3.Connection) -> None:
-    """Version 1 kept the entries WITHOUT ROWID, in the order of their key."""
-    columns = dict(row[1:3] for row in connection.execute("PRAGMA table_info(entries)"))
-    names = ", ".join(f'"{name}"' for name in columns)
-    connection.execute("PRAGMA legacy_alter_table = ON")        # views of the operator's stay
-    connection.execute("ALTER TABLE entries RENAME TO entries_1")
-    connection.execute(f"CREATE TABLE entries ({TABLES['entries']})")
-    add_columns(connection, columns)        # also what is no field any more is kept
-    connection.execute(f"INSERT INTO entries ({names}) SELECT {names} FROM entries_1")
-    connection.execute("DROP TABLE entries_1")
-    connection.execute("DROP INDEX IF EXISTS syncs_by_time")
-    connection.execute(SYNCS_INDEX)
+def make_tables(connection: sqlite3.Connection) -> None:
+    """In an empty database, or in one of version 1, which kept entries in order of their key."""
+    old = dict(row[1:3] for row in connection.execute("PRAGMA table_info(entries)"))
+    if old:
+        connection.execute("PRAGMA legacy_alter_table = ON")        # views of the operator's stay
+        connection.execute("ALTER TABLE entries RENAME TO entries_1")
+    for statement in SCHEMA.split(";"):     # executescript would commit first
+        connection.execute(statement)
+    if old:
+        add_columns(connection, old)        # also what is no field any more is kept
+        names = ", ".join(f'"{name}"' for name in old)
+        connection.execute(f"INSERT INTO entries ({names}) SELECT {names} FROM entries_1")
+        connection.execute("DROP TABLE entries_1")
 
 
-# What brings a database of each version (PRAGMA user_version) to the next; an empty one goes to
-# version 2 at once, and from there on the way of all others: a change of the schema is one more
-# item here, and none of TABLES. A new field needs nothing.
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {0: create, 1: give_rowids}
+# What brings a database to each version (PRAGMA user_version) from the one before: a change of the
+# schema is one more item here, and none of SCHEMA. A new field needs nothing.
+MIGRATIONS = {2: make_tables}
+
+
+def add_columns(connection: sqlite3.Connection, columns: Mapping[str, str]) -> None:
+    there = {row[1] for row in connection.execute("PRAGMA table_info(entries)")}
+    for name in columns:
+        if name not in there:
+            connection.execute(f'ALTER TABLE entries ADD COLUMN "{name}" {columns[name]}')
+
+
+def schema_version(connection: sqlite3.Connection) -> int:
+    """Raises sqlite3.DatabaseError for a database that is not for this program."""
+    version, newest = int(connection.execute("PRAGMA user_version").fetchone()[0]), max(MIGRATIONS)
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+    if version > newest:
+        raise sqlite3.DatabaseError(f"the database is of version {version}, newer than {newest}: "
+                                    "use a newer sis_sync.py")
+    if tables and not version or version and not tables >= {"rosters", "entries", "syncs"}:
+        raise sqlite3.DatabaseError("this is a database of another program")
+    return version
+
+
+def open_database(path: str, read_only: bool = False) -> sqlite3.Connection:
+    """Never creates a file, as a mistyped path would. Raises sqlite3.Error, OSError."""
+    # Also a reader opens for writing, and then forgoes it: the last one to close a database takes
+    # its -wal and -shm away, which SQLite's mode=ro would leave behind, owned by whoever read.
+    connection = sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=rw", uri=True,
+                                 timeout=BUSY_TIMEOUT, isolation_level=None,
+                                 check_same_thread=False)
+    try:
+        connection.executescript(f"""
+PRAGMA query_only = {read_only};
+PRAGMA synchronous = FULL;      -- the log is on disk before a transaction counts as done
+PRAGMA temp_store = MEMORY;     -- a temporary folder that is full stops no import
+-- In pages of the file. A batch of scattered ids writes 2 MB: the default, 4 MB, has every other
+-- one wait for a checkpoint, which took a fifth of the time.
+PRAGMA wal_autocheckpoint = {WAL_LIMIT // 4096};
+PRAGMA journal_size_limit = {WAL_LIMIT};    -- else it stays as long as a reader once made it""")
+        if not read_only:
+            prepare(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def prepare(connection: sqlite3.Connection, path: str) -> None:
+    """Make the database ours, and of this version; what is refused is left as it was."""
+    schema_version(connection)
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(path + suffix, 0o600)
+    if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        raise sqlite3.DatabaseError("this disk does not allow a write-ahead log")
+    connection.execute("BEGIN IMMEDIATE")
+    before = schema_version(connection)     # once more, as two may start at the same time
+    for version, migrate in MIGRATIONS.items():
+        if before < version:
+            migrate(connection)
+            connection.execute(f"PRAGMA user_version = {version}")
+    add_columns(connection, COLUMNS)
+    for statement in VIEWS.split(";"):
+        connection.execute(statement)
+    connection.execute("COMMIT")
+    if 0 < before < max(MIGRATIONS):
+        log.info("database: migrated from version %d to %d", before, max(MIGRATIONS))
+
+
 ROWS_AT_ONCE = (999 - 4) // len(FIELDS)     # SQLite before 3.32 takes 999 variables
 
 
 @functools.lru_cache(maxsize=4)
 def upsert(rows: int) -> str:
-    """The statement that stores so many rows: roster_id, three times the time, all their values. A
-    hundred rows in one statement take little more than half the time of a hundred statements: what
-    is saved is the sqlite3 module's work around each, and binding what is the same in all.
-    `changed` is a function of ours that counts its calls: one for each row whose values differ.
+    """The statement that stores so many rows: roster_id, three times the time, all their values.
+    (A statement for each row takes twice as long, in the sqlite3 module's work around it.)
+    `changed` is a list's append, and gives null: it is called for each row whose values differ.
     Never INSERT OR REPLACE: that would delete the entry first, and created_at with it."""
     row = f"({', '.join('?' * len(FIELDS))})"
     values = ", ".join(NAMES[1:])
@@ -813,8 +871,9 @@ def upsert(rows: int) -> str:
 INSERT INTO entries (roster_id, created_at, changed_at, seen_at, {", ".join(NAMES)})
 SELECT ?, ?, ?, ?, sent.* FROM (VALUES {", ".join([row] * rows)}) AS sent WHERE true
 ON CONFLICT (roster_id, {KEY.name}) DO UPDATE SET
-    ({values}) = ({sent}), seen_at = excluded.seen_at, changed_at = CASE
-        WHEN ({values}) IS NOT ({sent}) THEN changed(excluded.changed_at) ELSE changed_at END"""
+    ({values}) = ({sent}), seen_at = excluded.seen_at,
+    changed_at = CASE WHEN ({values}) IS NOT ({sent})
+        THEN coalesce(changed({KEY.name}), excluded.changed_at) ELSE changed_at END"""
 
 
 class Roster:
@@ -823,208 +882,97 @@ class Roster:
 
     def __init__(self, path: str) -> None:
         """Open, create or migrate. Raises CommandError for a file that can't be used."""
-        self.path = path = os.path.realpath(path)   # beside which SQLite has -wal and -shm
-        self.warning = ""               # what an operator should know of the database, now
+        self.path = os.path.realpath(path)      # beside which SQLite has -wal and -shm
         self._connection: sqlite3.Connection | None = None
-        self._files: list[tuple[int, int] | None] = []      # which they were, when it was opened
-        self._changed = 0               # calls of `changed`
+        self._files: list[os.stat_result] = []  # the database and its -wal, as they were opened
+        self._changed: list[str] = []           # students with other values than before
         try:
             # Made before SQLite would, and readable by its owner alone.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._connection = self._open()
-        except OSError as error:
-            raise CommandError(f"{path}: {error.strerror}; whoever runs this must be able to write "
-                               "to it and to its folder") from error
-        except sqlite3.Error as error:
-            raise CommandError(f"{path}: {error}") from error
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            with self.transaction():
+                pass
+        except (Refusal, OSError, sqlite3.Error) as error:
+            raise CommandError(f"{self.path}: {error}") from error
 
-    def _open(self) -> sqlite3.Connection:
-        connection = open_database(self.path)
-        try:
-            prepare(connection, self.path)
-            connection.create_function("changed", 1, self._count)
-            self._files = self._look()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+    def files(self) -> list[os.stat_result]:
+        return [os.stat(path) for path in (self.path, f"{self.path}-wal")]
 
-    def _count(self, now: int) -> int:
-        self._changed += 1
-        return now
-
-    def _look(self) -> list[tuple[int, int] | None]:
-        """Which files the database and its -wal are by now; None for one that is gone."""
-        files: list[tuple[int, int] | None] = [None, None]
-        for index, path in enumerate((self.path, f"{self.path}-wal")):
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(path)
-                files[index] = status.st_dev, status.st_ino
-        return files
+    def warning(self) -> str:
+        """What an operator should know of the files, if anything. Raises OSError if they are gone:
+        what SQLite has open lives on until it is closed, and ends with the process."""
+        files = self.files() if self._connection else self._files
+        if not all(map(os.path.samestat, files, self._files)):
+            raise OSError("the database or its -wal was replaced by another")
+        # SQLite says nothing when it can't empty the log into the database: but the log grows.
+        return "" if files[1].st_size <= 4 * WAL_LIMIT else \
+            "the write-ahead log can't be emptied: a reader holds it, or the disk is full or fails"
 
     def close(self) -> None:
-        """Bring the WAL into the database file, and close. By itself SQLite does so only for the
+        """Empty the log into the database file, and close. By itself SQLite does so only for the
         last of several, and if the file is where it was; if it is not, ours may be the only hold of
-        it, which is kept as long as a reader is in the way. Raises sqlite3.Error."""
-        if self._connection:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            moved = self._look() != self._files
-            held, *_ = self._connection.execute(
-                f"PRAGMA wal_checkpoint({'TRUNCATE' if moved else 'PASSIVE'})").fetchone()
-            if not (moved and held):
-                self._connection.close()
-                self._connection = None
+        it, which is kept as long as a reader or a fault of the disk is in the way."""
+        with contextlib.suppress(sqlite3.Error):
+            if self._connection:
+                self._connection.rollback()
+                held, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                if not held:
+                    self._connection.close()
+                    self._connection = None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Everything or nothing. On leaving it without an exception, it is on disk. Raises Refusal
-        busy when another process keeps the lock for BUSY_TIMEOUT; sqlite3.Error or OSError for any
-        other fault, after which the database is opened anew."""
+        """Everything or nothing; on disk when it is left without an exception. Raises Refusal busy,
+        or sqlite3.Error or OSError, after which the database is opened anew."""
         try:
-            connection = self._connection = self._connection or self._open()
+            if not self._connection:
+                connection = open_database(self.path)
+                connection.create_function("changed", 1, self._changed.append)
+                self._connection, self._files = connection, self.files()
+            connection = self._connection
             # IMMEDIATE: a transaction that begins as a reader is refused at once, with no
             # waiting, if another process writes before it does.
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-            if self._look() != self._files:
-                # What SQLite has open lives on until it is closed, and is gone with the process.
-                raise OSError("the database or its -wal was deleted, or replaced by another")
-            self._watch(os.path.getsize(f"{self.path}-wal"))
+            if self.warning():
+                log.warning("database: %s", self.warning())
         except BaseException as error:
-            with contextlib.suppress(sqlite3.Error, OSError):
-                self.close()            # and nothing is half done, also after busy
+            # Only to begin takes waiting for a lock, so nothing is half done.
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise Refusal("busy", "the database is locked: try again",
                               retry_after=BUSY_RETRY_AFTER) from error
+            self.close()
             raise
-
-    def _watch(self, size: int) -> None:
-        """SQLite says nothing when it can't empty the WAL into the database: but the WAL grows."""
-        before, self.warning = self.warning, ""
-        if size > 4 * WAL_LIMIT:
-            self.warning = "the write-ahead log can't be emptied: a reader holds it, or the disk " \
-                           "is full or fails"
-        if self.warning != before:
-            log.warning("database: %s (%s-wal: %d bytes)", self.warning or
-                        "the write-ahead log is emptied again", self.path, size)
 
     def sync(self, request: Request, batch: Batch) -> Counts:
         """Store a batch and its line in the history. Raises what `transaction` raises. Nothing is
         ever deleted, and the lock is ours: so the new entries are those by which the last entry_id
         has grown, and all others were known."""
         with self.transaction() as connection:
-            def first(query: str, *values: object) -> int:
-                return int(connection.execute(query, values).fetchone()[0])
-
             now = int(time.time())      # not before the lock is ours: times follow the order
             key = (request.institution, batch.cohort_id)
-            connection.execute("INSERT INTO rosters (institution, cohort_id) VALUES (?, ?) "
-                               "ON CONFLICT DO NOTHING", key)
-            roster = first("SELECT roster_id FROM rosters WHERE institution = ? AND cohort_id = ?",
-                           *key)
-            last = first("SELECT coalesce(max(entry_id), 0) FROM entries")
-            self._changed = 0
+            last = "SELECT coalesce(max(entry_id), 0) FROM entries"
+            connection.execute("INSERT OR IGNORE INTO rosters VALUES (NULL, ?, ?)", key)
+            roster, before = connection.execute(
+                f"SELECT roster_id, ({last}) FROM rosters WHERE institution = ? AND cohort_id = ?",
+                key).fetchone()
+            self._changed.clear()
             for start in range(0, len(batch.records), ROWS_AT_ONCE):
                 some = batch.records[start:start + ROWS_AT_ONCE]
                 connection.execute(upsert(len(some)), [roster, now, now, now,
                                                        *itertools.chain.from_iterable(some)])
-            new = first("SELECT coalesce(max(entry_id), 0) FROM entries") - last
-            known = len(batch.records) - new
-            counts = Counts(batch.received, new, known, known - self._changed, len(batch.errors))
+            new = connection.execute(last).fetchone()[0] - before
+            known, changed = len(batch.records) - new, len(self._changed)
+            counts = Counts(batch.received, new, known, known - changed, len(batch.errors))
             errors = json.dumps([error._asdict() for error in batch.errors[:HISTORY_ERRORS]])
             values = (now, *key, request.client, *counts, request.milliseconds, errors)
-            connection.execute(f"INSERT INTO syncs ({', '.join(HISTORY)}) "
-                               f"VALUES ({', '.join('?' * len(values))})", values)
+            connection.execute(f"INSERT INTO syncs VALUES (NULL{', ?' * len(values)})", values)
             # By count and in order of arrival: a clock that was wrong once deletes nothing.
             connection.execute(
                 "DELETE FROM syncs WHERE institution = ? AND sync_id <= (SELECT sync_id FROM syncs "
                 "WHERE institution = ? ORDER BY sync_id DESC LIMIT 1 OFFSET ?)",
                 (request.institution, request.institution, HISTORY_SYNCS))
         return counts
-
-    def answers(self) -> bool:
-        """Whether the database can be read."""
-        try:
-            # Whoever opens a file that was put in the place of another applies the other's log.
-            if self._connection and self._look() != self._files:
-                return False
-            with contextlib.closing(open_database(self.path, read_only=True)) as connection:
-                return connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall() is not None
-        except (sqlite3.Error, OSError):
-            return False
-
-
-def open_database(path: str, read_only: bool = False) -> sqlite3.Connection:
-    """Never creates a file, as a mistyped path would. Raises sqlite3.Error."""
-    # Also a reader opens for writing, and then forgoes it: the last one to close a database takes
-    # its -wal and -shm away, which SQLite's mode=ro would leave behind, owned by whoever read.
-    connection = sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=rw", uri=True,
-                                 timeout=BUSY_TIMEOUT, isolation_level=None,
-                                 check_same_thread=False)
-    try:
-        for pragma in (
-                f"query_only = {read_only}",
-                "synchronous = FULL",       # the WAL is on disk before a transaction counts as done
-                "temp_store = MEMORY",      # a temporary folder that is full stops no import
-                # In pages of the file. A batch of scattered ids writes 2 MB: the default, 4 MB, has
-                # every other one wait for a checkpoint, which took a fifth of the time.
-                f"wal_autocheckpoint = {WAL_LIMIT // 4096}",
-                # A log that a reader once held open would stay as long as it grew.
-                f"journal_size_limit = {WAL_LIMIT}"):
-            connection.execute(f"PRAGMA {pragma}")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
-
-
-def prepare(connection: sqlite3.Connection, path: str) -> None:
-    """Make the database ours: nobody else's to read, with a write-ahead log, of this version.
-    Raises sqlite3.DatabaseError, OSError; what is refused is left as it was."""
-    schema_version(connection)
-    for file in (path, f"{path}-wal", f"{path}-shm"):
-        if os.path.exists(file) and os.stat(file).st_mode & 0o777 != 0o600:
-            os.chmod(file, 0o600)
-    if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-        raise sqlite3.DatabaseError("this disk does not allow a write-ahead log")
-    connection.execute("BEGIN IMMEDIATE")
-    version = before = schema_version(connection)
-    while version in MIGRATIONS:
-        MIGRATIONS[version](connection)
-        version = max(version, 1) + 1       # an empty one is now of version 2
-        connection.execute(f"PRAGMA user_version = {version}")
-    if add_columns(connection, COLUMNS) or before < version:
-        for name, select in VIEWS.items():
-            connection.execute(f"DROP VIEW IF EXISTS {name}")
-            connection.execute(f"CREATE VIEW {name} AS {select}")
-    connection.execute("COMMIT")
-    if 0 < before < version:
-        log.info("database: migrated from version %d to %d", before, version)
-
-
-def add_columns(connection: sqlite3.Connection, columns: Mapping[str, str]) -> bool:
-    """Whether the entries lacked any of these columns; they have them now."""
-    there = {row[1] for row in connection.execute("PRAGMA table_info(entries)")}
-    for name in columns:
-        if name not in there:
-            connection.execute(f"ALTER TABLE entries ADD COLUMN \"{name}\" {columns[name]}")
-    return not set(columns) <= there
-
-
-def schema_version(connection: sqlite3.Connection) -> int:
-    """Raises sqlite3.DatabaseError for a database that is not for this program."""
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-    newest = max(MIGRATIONS) + 1
-    if version > newest:
-        raise sqlite3.DatabaseError(f"the database is of version {version}, newer than {newest}: "
-                                    "use a newer sis_sync.py")
-    foreign = bool(tables) if version == 0 else not tables >= set(TABLES)
-    if foreign:
-        raise sqlite3.DatabaseError("this is a database of another program")
-    return version
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1045,25 +993,22 @@ class Response(NamedTuple):
     error: str = ""                 # the code, and the detail if it tells more, for the log
 
     @classmethod
-    def of(cls, document: object, status: int = 200, headers: Headers = (),
-           error: str = "") -> Response:
+    def of(cls, request: Request, document: Document, status: int = 200) -> Response:
         body = json.dumps(document).encode() + b"\n"
-        return cls(status, (("Content-Type", "application/json"),
-                            ("Content-Length", str(len(body))), *headers), body, error)
-
-    def to(self, request: Request) -> Response:
-        """With what every answer has; to a HEAD without its body."""
-        return self._replace(headers=(*self.headers, ("X-Request-ID", request.id)),
-                             body=b"" if request.method == "HEAD" else self.body)
+        headers = (("Content-Type", "application/json"), ("Content-Length", str(len(body))),
+                   ("X-Request-ID", request.id))
+        return cls(status, headers, b"" if request.method == "HEAD" else body)
 
     @classmethod
-    def of_refusal(cls, refusal: Refusal) -> Response:
+    def of_refusal(cls, request: Request, refusal: Refusal) -> Response:
         """The one place where an error becomes an answer."""
-        error, detail, headers = refusal.error, refusal.detail, refusal.headers
-        if "retry_after" in refusal.carries:
-            headers += (("Retry-After", str(refusal.carries["retry_after"])),)
-        return cls.of({"error": error.code, "detail": detail, **refusal.carries}, error.status,
-                      headers, error.code if detail == error.meaning else f"{error.code}: {detail}")
+        error, detail, carries = refusal.error, refusal.detail, refusal.carries
+        response = cls.of(request, {"error": error.code, "detail": detail, **carries}, error.status)
+        headers = response.headers + refusal.headers
+        if "retry_after" in carries:
+            headers += (("Retry-After", str(carries["retry_after"])),)
+        words = error.code if detail == error.meaning else f"{error.code}: {detail}"
+        return response._replace(headers=headers, error=words)
 
 
 class Service:
@@ -1086,13 +1031,12 @@ class Service:
         fills in the request, and may raise Refusal; send may raise OSError; WSGI needs neither."""
         try:
             receive(request)
-            response = self.route(request)
-        except Refusal as refusal:
-            response = Response.of_refusal(refusal)
+            response = Response.of(request, self.route(request))
         except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
-            log.error("%s server_error %s", request.id, describe(error))
-            response = Response.of_refusal(Refusal("server_error", request_id=request.id))
-        response = response.to(request)
+            if not isinstance(error, Refusal):
+                log.error("%s server_error %s", request.id, describe(error))
+                error = Refusal("server_error", request_id=request.id)
+            response = Response.of_refusal(request, error)
         try:
             send(response)
         except OSError:
@@ -1103,11 +1047,10 @@ class Service:
     def close(self, seconds: float = BUSY_TIMEOUT) -> None:
         """Give the database up, unless a batch outlasts the time it had to finish."""
         if self.turn.acquire(timeout=max(0.0, seconds)):
-            with contextlib.suppress(sqlite3.Error):
-                self.roster.close()
+            self.roster.close()
 
-    def route(self, request: Request) -> Response:
-        """Raises Refusal, in the order of the contract: HTTP itself, path, method."""
+    def route(self, request: Request) -> Document:
+        """What a 200 says. Raises Refusal, in the order of the contract: HTTP, path, method."""
         # One configuration from here to the end, whatever SIGHUP does meanwhile.
         configuration = self.configuration
         request.client = client_of(request.peer, request.headers.get("x-forwarded-for", ""),
@@ -1116,14 +1059,14 @@ class Service:
         if request.method not in METHODS:
             raise Refusal("not_implemented", "the method is unknown"
                           + ": methods are in capitals" * (request.method.upper() in METHODS))
-        route = next((route for route in ROUTES if route.path == request.path), None)
-        if not route:
+        if request.path not in ROUTES:
             raise Refusal("not_found", f"there is nothing at this path; a push goes to {SYNC_PATH}")
-        allow = "GET, HEAD" if route.method == "GET" else route.method
+        method, answer, _ = ROUTES[request.path]
+        allow = "GET, HEAD" if method == "GET" else method
         if request.method not in allow.split(", "):
             raise Refusal("method_not_allowed", f"allowed here: {allow}",
                           headers=(("Allow", allow),))
-        return route.answer(self, request, configuration)
+        return answer(self, request, configuration)
 
     def authenticate(self, request: Request, configuration: Configuration) -> Institution:
         """The institution that calls. Raises Refusal not_configured, rate_limited, unauthorized."""
@@ -1131,11 +1074,10 @@ class Service:
             raise Refusal("not_configured")
         institution = institution_of(request.headers.get("authorization", ""),
                                      configuration.institutions)
+        request.institution = institution.name if institution else "-"
         # A verified institution has a bucket of its own; a guess spends its address's.
         client = f"institution {institution.name}" if institution else client_key(request.client)
         wait = self.limiter.take(client, configuration.settings["requests_per_minute"])
-        if institution:
-            request.institution = institution.name
         if wait:
             raise Refusal("rate_limited", f"too many requests: wait {wait} s", retry_after=wait)
         if not institution:
@@ -1147,9 +1089,8 @@ class Service:
         """Memory for a body, of the share that all bodies in flight have together. It is taken as a
         whole before a byte is read: if bodies took it piece by piece, all of them could stand
         half-read and wait for each other. Raises Refusal busy."""
-        cap = limits["max_body_bytes"]
-        known = request.coding == "identity" and "content-length" in request.headers
-        size = int(request.headers["content-length"]) if known else cap
+        cap, length = limits["max_body_bytes"], request.headers.get("content-length")
+        size = int(length) if length and request.coding == "identity" else cap
         left = request.started + limits["request_timeout"] - time.monotonic()
         with self._room:
             if not self._room.wait_for(lambda: self._bodies + size <= BODIES_IN_FLIGHT * cap, left):
@@ -1164,7 +1105,7 @@ class Service:
                 self._room.notify_all()
 
 
-def sync(service: Service, request: Request, configuration: Configuration) -> Response:
+def sync(service: Service, request: Request, configuration: Configuration) -> Document:
     """POST /api/sis/sync. Nobody without a secret makes it read a body."""
     limits = configuration.settings
     institution = service.authenticate(request, configuration)
@@ -1186,35 +1127,31 @@ def sync(service: Service, request: Request, configuration: Configuration) -> Re
         finally:
             service.turn.release()
     details = {"imported": counts.new, "updated": counts.updated, "unchanged": counts.unchanged}
-    return Response.of({"received": counts.received, "imported": counts.new + counts.updated,
-                        "details": details, "errors": errors, "ignored": batch.ignored})
+    return {"received": counts.received, "imported": counts.new + counts.updated,
+            "details": details, "errors": errors, "ignored": batch.ignored}
 
 
-def health(service: Service, request: Request, configuration: Configuration) -> Response:
-    if not service.roster.answers():
-        raise Refusal("unhealthy")
-    warning = service.roster.warning
-    return Response.of({"status": "ok", **({"warning": warning} if warning else {})})
+def health(service: Service, request: Request, configuration: Configuration) -> Document:
+    try:
+        # Before it is opened: that would apply the log of one database to another in its place.
+        warning = service.roster.warning()
+        with contextlib.closing(open_database(service.roster.path, read_only=True)) as connection:
+            connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
+    except (sqlite3.Error, OSError):
+        raise Refusal("unhealthy") from None
+    return {"status": "ok", **({"warning": warning} if warning else {})}
 
 
-def openapi(service: Service, request: Request, configuration: Configuration) -> Response:
-    return Response.of(openapi_document(configuration.settings["max_students"]))
+def openapi(service: Service, request: Request, configuration: Configuration) -> Document:
+    return openapi_document(configuration.settings["max_students"])
 
 
-class Route(NamedTuple):
-    """A path, and what answers there; a HEAD is answered where a GET is."""
-
-    path: str
-    method: str
-    answer: Callable[[Service, Request, Configuration], Response]
-    summary: str
-
-
-ROUTES = (
-    Route(SYNC_PATH, "POST", sync, "Push students of one cohort's roster"),
-    Route("/healthz", "GET", health, "Whether the database answers"),
-    Route("/openapi.json", "GET", openapi, "This document"),
-)
+# What answers at a path, and its summary; a HEAD is answered where a GET is.
+ROUTES = {
+    SYNC_PATH: ("POST", sync, "Push students of one cohort's roster"),
+    "/healthz": ("GET", health, "Whether the database answers"),
+    "/openapi.json": ("GET", openapi, "This document"),
+}
 
 
 def describe(error: BaseException) -> str:
@@ -1800,10 +1737,11 @@ def openapi_document(max_students: int) -> dict[str, Any]:
         "info": {"title": "sis_sync", "version": __version__,
                  "license": {"name": "MIT", "identifier": "MIT"}, "description":
                  "An institution may send requests_per_minute, 20 by default; then it gets 429."},
-        "paths": {route.path: {route.method.lower(): {
-            "operationId": route.answer.__name__, "summary": route.summary,
-            "responses": responses(route.answer.__name__),
-            **(posted if route.method == "POST" else {"security": []})}} for route in ROUTES},
+        "paths": {path: {method.lower(): {
+            "operationId": answer.__name__, "summary": summary,
+            "responses": responses(answer.__name__),
+            **(posted if method == "POST" else {"security": []})}}
+            for path, (method, answer, summary) in ROUTES.items()},
         "components": {"securitySchemes": {"secret": {"type": "http", "scheme": "bearer"}},
                        "schemas": {"Student": student, "Batch": batch, "RowError": row_error}},
     }
@@ -2289,7 +2227,7 @@ def application(environ: Mapping[str, Any],
         response = service.handle(request)
     except CommandError as error:
         log.error("%s server_error %s", request.id, "; ".join(error.args))
-        response = Response.of_refusal(Refusal("server_error", request_id=request.id)).to(request)
+        response = Response.of_refusal(request, Refusal("server_error", request_id=request.id))
     status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
     start_response(status, list(response.headers))
     return [response.body]
@@ -2347,7 +2285,7 @@ def reading(path: str, migrated: bool = False) -> Iterator[sqlite3.Connection]:
         raise CommandError(f"{path}: there is no database yet; the server makes it at its start")
     try:
         with contextlib.closing(open_database(path, read_only=True)) as connection:
-            if schema_version(connection) in MIGRATIONS and migrated:
+            if schema_version(connection) < max(MIGRATIONS) and migrated:
                 raise CommandError(f"{path}: is of an older version; the server migrates it at its "
                                    "start")
             yield connection
@@ -2476,7 +2414,7 @@ def command_backup(arguments: Arguments) -> int:
     with reading(configuration_for(arguments).settings["database"]) as source:
         new_file(arguments.file).close()
         try:
-            with contextlib.closing(open_database(arguments.file)) as target:
+            with contextlib.closing(sqlite3.connect(arguments.file)) as target:
                 source.backup(target)
         except BaseException:
             os.remove(arguments.file)       # half a copy must not pass for one
