@@ -72,9 +72,12 @@ if TYPE_CHECKING:                   # where X | Y may stand outside annotations 
     Record = tuple[str | int | None, ...]   # a good row: its values in the order of FIELDS
     Headers = tuple[tuple[str, str], ...]
     Document = Mapping[str, object]
+    Kind = Callable[[str], Any]             # how the text of a setting or an option is read
+    Option = tuple[str, str, dict[str, Any]]    # of a command: its name, help, and argparse's words
 
 __version__ = "2.0.0"
 log = logging.getLogger("sis_sync")
+log.setLevel(logging.INFO)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,69 +179,54 @@ ERRORS = (
 )
 
 
-class Kind(NamedTuple):
-    """How the text of a setting or an argument is read, and in words what is allowed."""
+def kind(allowed: str, convert: Kind = str, pattern: str = "(?s).*", shown: bool = True) -> Kind:
+    """A function that reads such a text, or raises argparse.ArgumentTypeError and says why."""
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):       # of convert
+            if re.fullmatch(pattern, text):
+                return convert(text)
+        found = repr(text[:60]) if shown else "something else"
+        raise argparse.ArgumentTypeError(f"found {found}; must be {allowed}")
 
-    allowed: str
-    convert: Callable[[str], Any] = str     # raises ValueError for what is not
-    pattern: str = "(?s).*"
-    within: range = range(0)                # what a number must be in
-
-    def read(self, text: str) -> Any:
-        value = self.convert(text) if re.fullmatch(self.pattern, text) else None
-        if value is None or self.within and value not in self.within:
-            raise ValueError
-        return value
+    return read
 
 
 def whole_number(low: int, high: int) -> Kind:
-    # In ASCII digits: int() alone would take '+5', '5_000' and Arabic digits.
-    return Kind(f"a whole number from {low} to {high}", int, "[0-9]{1,12}", range(low, high + 1))
+    within = range(low, high + 1)
+    # index() refuses what is not within; int() alone would take '+5', '5_000' and Arabic digits.
+    return kind(f"a whole number from {low} to {high}",
+                lambda text: within[within.index(int(text))], "[0-9]{1,12}")
 
 
-ADDRESS = Kind("an IP address, such as 127.0.0.1 or 0.0.0.0; names are not looked up",
-               lambda text: str(ipaddress.ip_address(text)))
-FILE = Kind("the path of a file", str, r"[^\x00-\x1f\x7f]+")
-FILE_OR_NONE = Kind("the path of a file, or nothing", str, r"[^\x00-\x1f\x7f]*")
-NETWORKS = Kind("addresses, or networks without host bits set, such as 10.0.0.0/8, or nothing",
+ADDRESS = kind("an IP address; no name is looked up", lambda text: str(ipaddress.ip_address(text)))
+FILE_OR_NONE = kind("the path of a file, or nothing", str, r"[^\x00-\x1f\x7f]*")
+NETWORKS = kind("addresses, or networks without host bits set, such as 10.0.0.0/8, or nothing",
                 lambda text: tuple(map(ipaddress.ip_network, text.replace(",", " ").split())))
 # configparser takes an indented line, and so an indented key, for more of the value above it.
-NAMES_LIST = Kind("values with commas or line ends between, or nothing for any",
+NAMES_LIST = kind("values with commas or line ends between, or nothing for any",
                   lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))),
                   r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*")
-CHOICE = Kind("skip or reject", str, "skip|reject")
 SOURCE = r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\0]+|sha256:[0-9A-Fa-f]{64})"
-SECRETS = Kind("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
-               "never the secret itself", str.split, rf"({SOURCE}(\s+{SOURCE})*)?")
+SECRETS = kind("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
+               "never the secret itself", str.split, rf"({SOURCE}(\s+{SOURCE})*)?", shown=False)
 
-
-class Setting(NamedTuple):
-    """A key of sis_sync.ini, which has the words on it."""
-
-    section: str
-    key: str
-    default: str
-    kind: Kind
-
-
+# Section, key, default, and how it is read. sis_sync.ini has the words on each.
 SETTINGS = (
-    Setting("server", "host", "127.0.0.1", ADDRESS),
-    Setting("server", "port", "8080", whole_number(0, 65535)),
-    Setting("server", "database", "sis_sync.db", FILE),
-    Setting("server", "tls_certificate", "", FILE_OR_NONE),
-    Setting("server", "tls_key", "", FILE_OR_NONE),
-    Setting("server", "trusted_proxies", "", NETWORKS),
-    Setting("limits", "requests_per_minute", "20", whole_number(1, 100_000)),
-    Setting("limits", "max_students", "5000", whole_number(1, 100_000)),
-    Setting("limits", "max_body_bytes", "8388608", whole_number(1024, 1 << 30)),
-    Setting("limits", "max_connections", "256", whole_number(1, 10_000)),
-    Setting("limits", "max_connections_per_client", "32", whole_number(1, 10_000)),
-    Setting("limits", "request_timeout", "30", whole_number(1, 3600)),
-    Setting("institution", "secrets", "env:SIS_SYNC_SECRET", SECRETS),
-    Setting("institution", "cohorts", "", NAMES_LIST),
-    Setting("institution", "programs", "", NAMES_LIST),
-    Setting("institution", "campuses", "", NAMES_LIST),
-    Setting("institution", "bad_rows", "skip", CHOICE),
+    ("server", "host", "127.0.0.1", ADDRESS),
+    ("server", "port", "8080", whole_number(0, 65535)),
+    ("server", "database", "sis_sync.db", kind("the path of a file", str, r"[^\x00-\x1f\x7f]+")),
+    ("server", "tls_certificate", "", FILE_OR_NONE),
+    ("server", "tls_key", "", FILE_OR_NONE),
+    ("server", "trusted_proxies", "", NETWORKS),
+    ("limits", "requests_per_minute", "20", whole_number(1, 100_000)),
+    ("limits", "max_students", "5000", whole_number(1, 100_000)),
+    ("limits", "max_body_bytes", "8388608", whole_number(1024, 1 << 30)),
+    ("limits", "max_connections", "256", whole_number(1, 10_000)),
+    ("limits", "max_connections_per_client", "32", whole_number(1, 10_000)),
+    ("limits", "request_timeout", "30", whole_number(1, 3600)),
+    ("institution", "secrets", "env:SIS_SYNC_SECRET", SECRETS),
+    *(("institution", key, "", NAMES_LIST) for key in LISTS),
+    ("institution", "bad_rows", "skip", kind("skip or reject", str, "skip|reject")),
 )
 
 MAX_REQUEST_LINE = 8 * 1024         # bytes; RFC 9112 section 3 recommends at least 8,000
@@ -313,20 +301,7 @@ class Configuration(NamedTuple):
     settings: Mapping[str, Any]             # the keys of [server] and [limits]
     institutions: tuple[Institution, ...]
     tls: ssl.SSLContext | None
-    warnings: tuple[str, ...]
     source: str                             # the file, or "" for none
-
-    @property
-    def configured(self) -> bool:
-        return any(institution.digests for institution in self.institutions)
-
-    def log(self) -> None:
-        for institution in self.institutions:
-            number = len(institution.digests)
-            log.info("institution %s: %s secret%s set", institution.name, number or "no",
-                     "s" * (number > 1))
-        for warning in self.warnings:
-            log.warning("warning: %s", warning)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1070,7 +1045,7 @@ class Service:
 
     def authenticate(self, request: Request, configuration: Configuration) -> Institution:
         """The institution that calls. Raises Refusal not_configured, rate_limited, unauthorized."""
-        if not configuration.configured:
+        if not any(institution.digests for institution in configuration.institutions):
             raise Refusal("not_configured")
         institution = institution_of(request.headers.get("authorization", ""),
                                      configuration.institutions)
@@ -1924,7 +1899,12 @@ def why_left_out(record: Mapping[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 DEFAULT_FILE = pathlib.Path(__file__).resolve().with_suffix(".ini")
-INSTITUTION = re.compile(r"institution ([a-z0-9-]{1,64})")
+SECTION = re.compile("server|limits|institution [a-z0-9-]{1,64}")
+# configparser's own words show the line, which may hold a secret.
+INI_FAULTS = {configparser.MissingSectionHeaderError: "stands before the first [section]",
+              configparser.DuplicateSectionError: "this [section] stands twice",
+              configparser.DuplicateOptionError: "this key stands twice in its section",
+              configparser.ParsingError: "is neither [section] nor key = value"}
 
 
 def load_configuration(path: str | None = None, environment: Mapping[str, str] = os.environ,
@@ -1932,179 +1912,151 @@ def load_configuration(path: str | None = None, environment: Mapping[str, str] =
     """Of the file, else SIS_SYNC_CONFIG, else sis_sync.ini beside the module, else the defaults.
     overrides: settings of [server]. Raises CommandError with every fault that the file has."""
     named = path or environment.get("SIS_SYNC_CONFIG")
-    file = pathlib.Path(named).absolute() if named else DEFAULT_FILE
+    file = pathlib.Path(named or DEFAULT_FILE).absolute()
     source = str(file) if named or file.exists() else ""
-    reading = Reading(file.parent, environment)
-    sections = {"server": {}, "limits": {}, **(reading.ini(file) if source else {})}
-    if not any(map(INSTITUTION.fullmatch, sections)):
+    sections = {"server": {}, "limits": {}, **(read_ini(file) if source else {})}
+    if not any(section.startswith("institution ") for section in sections):
         sections["institution default"] = {}
-    settings: dict[str, Any] = {}
-    institutions = []
-    for section, keys in sections.items():
-        match = INSTITUTION.fullmatch(section)
-        if match:
-            values = reading.section(section, "institution", keys)
-            digests = tuple(reading.digests(match[1], values.get("secrets", ())))
-            lists = {key: values.get(key, frozenset()) for key in LISTS}
-            institutions.append(Institution(match[1], digests, lists, values.get("bad_rows", "")))
-        elif section in ("server", "limits"):
-            settings.update(reading.section(section, section, keys))
-        else:
-            reading.faults.append(
-                f"[{section}]: unknown section; allowed: [server], [limits], [institution NAME] "
-                "(NAME: a-z, 0-9, hyphens)" + nearest(section, ("server", "limits", "institution")))
-    settings.update(overrides)
+    reading = Reading(file.parent, environment)
+    values = {section: reading.section(section, found) for section, found in sections.items()}
+    settings = {**values.pop("server"), **values.pop("limits"), **overrides}
+    institutions = [reading.institution(section, keys) for section, keys in values.items() if keys]
     for key in ("database", "tls_certificate", "tls_key"):
-        settings[key] = settings.get(key) and str(file.parent / settings[key])
+        settings[key] = settings[key] and str(file.parent / settings[key])
     tls = reading.tls(settings["tls_certificate"], settings["tls_key"])
     if reading.faults:
         raise CommandError(*(f"{file}: {fault}" for fault in reading.faults))
+    for institution in institutions:
+        log.info("institution %s: secrets set: %d", institution.name, len(institution.digests))
     if not tls and not ipaddress.ip_address(settings["host"]).is_loopback:
-        reading.warnings.append(
-            f"[server] host: {settings['host']} is not this machine alone and there is no TLS: "
-            "set tls_certificate, or put a proxy that has it in front")
+        log.warning("warning: [server] host: %s is open to others, without TLS", settings["host"])
     if not any(institution.digests for institution in institutions):
-        reading.warnings.append("no institution has a secret set: every push will be answered 503")
-    return Configuration(settings, tuple(institutions), tls, tuple(reading.warnings), source)
+        log.warning("warning: no institution has a secret set: every push will be answered 503")
+    return Configuration(settings, tuple(institutions), tls, source)
+
+
+def read_ini(file: pathlib.Path) -> dict[str, dict[str, str]]:
+    """The sections and keys of the file, as text. Raises CommandError."""
+    # No '%' interpolation: it breaks secrets. No [DEFAULT]: it leaks into every section.
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",),
+                                       default_section="\0", empty_lines_in_values=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # a key is spelt one way
+    parser.SECTCRE = re.compile(r"\[(?P<header>[^]]+)\]$")  # what stood behind was passed over
+    try:
+        # Notepad writes a BOM, and the locale's encoding is not UTF-8 everywhere.
+        parser.read_string(file.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{file}: cannot be read: {error}") from None
+    except configparser.Error as error:
+        lines = [line for line, _ in getattr(error, "errors", ())] or [getattr(error, "lineno", 0)]
+        raise CommandError(*(f"{file}: line {line}: {INI_FAULTS[type(error)]}"
+                             for line in lines)) from None
+    return {section: dict(parser[section]) for section in parser.sections()}
 
 
 class Reading:
-    """One reading of a configuration. What is wrong with it gathers here, to be told at once."""
+    """One reading of a configuration. Its faults gather here, to be told at once."""
 
     def __init__(self, folder: pathlib.Path, environment: Mapping[str, str]) -> None:
         self.folder, self.environment = folder, environment
         self.faults: list[str] = []
-        self.warnings: list[str] = []
         # By digest: nobody must be taken for another, or let in with nothing.
-        self.owned = {hashlib.sha256(b"").digest(): "the sha256 of no secret at all"}
+        self.owners = {hashlib.sha256(b"").digest(): "no secret at all"}
 
-    def ini(self, file: pathlib.Path) -> dict[str, dict[str, str]]:
-        """The sections and keys of the file, as text."""
-        # No '%' interpolation: it breaks secrets. No [DEFAULT]: it leaks into every section.
-        parser = configparser.ConfigParser(interpolation=None, delimiters=("=",),
-                                           default_section="\0", empty_lines_in_values=False)
-        parser.optionxform = str  # type: ignore[assignment,method-assign]  # a key is spelt one way
-        try:
-            # Notepad writes a BOM, and the locale's encoding is not UTF-8 everywhere.
-            text = file.read_text("utf-8-sig")
-            self.faults += [f"line {number}: after [section] nothing may stand"
-                            for number, line in enumerate(text.splitlines(), 1)
-                            if re.match(r"\[[^]]*\]\s*\S", line)]     # it would be passed over
-            parser.read_string(text)
-            return {section: dict(parser[section]) for section in parser.sections()}
-        except (OSError, UnicodeDecodeError) as error:
-            self.faults.append("cannot be read: " + getattr(error, "strerror", "it is not UTF-8"))
-        except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
-            key = shown(getattr(error, "option", ""))
-            self.faults.append(f"[{error.section}] {key}: stands twice (line {error.lineno})")
-        except configparser.MissingSectionHeaderError as error:
-            self.faults.append(f"line {error.lineno}: stands before the first [section]")
-        except configparser.ParsingError as error:
-            # The lines themselves are not shown: one of them may hold a secret.
-            self.faults += [f"line {number}: is neither [section] nor key = value"
-                            for number, _ in error.errors]
-        return {}
-
-    def section(self, section: str, table: str, found: Mapping[str, str]) -> dict[str, Any]:
-        """The values of one section as SETTINGS says, defaults filled in."""
-        known = {setting.key: setting for setting in SETTINGS if setting.section == table}
-        self.faults += [f"[{section}] {shown(key)}: unknown key; allowed: {', '.join(known)}"
-                        + nearest(key, [*known]) for key in found if key not in known]
-        values: dict[str, Any] = {}
-        for key, setting in known.items():
-            text = found.get(key, setting.default)
-            hint = "; a comment stands on a line of its own" if re.search(r"\s[#;]", text) else ""
+    def section(self, section: str, found: Mapping[str, str]) -> dict[str, Any]:
+        """The values of one section as SETTINGS says, defaults filled in; {} for an unknown one."""
+        if not SECTION.fullmatch(section):
+            words = unknown("section", section, ("server", "limits", "institution NAME"))
+            self.faults.append(f"[{section}]: {words} (NAME: a-z, 0-9, hyphens)")
+            return {}
+        known = {key: (default, read) for table, key, default, read in SETTINGS
+                 if table == section.partition(" ")[0]}
+        for key in [key for key in found if key not in known]:
+            # What looks like no key may be a secret, on a line of its own and with an = in it.
+            plain = re.fullmatch(r"(\[[^]]*\] *)?[A-Za-z_-]{0,30}", key)
+            self.faults.append(f"[{section}] {key if plain else 'what is before the ='}: "
+                               + unknown("key", key, [*known]))
+        values: dict[str, Any] = dict.fromkeys(known, "")   # with faults, nothing is made of it
+        for key, (default, read) in known.items():
+            text = found.get(key, default)
             try:
-                if hint:
-                    raise ValueError
-                values[key] = setting.kind.read(text)
-            except ValueError:
-                # A secret written where its source belongs must not travel on into a log.
-                found_text = "something else" if setting.kind is SECRETS else repr(text[:60])
-                self.faults.append(
-                    f"[{section}] {key}: found {found_text}; allowed: {setting.kind.allowed}{hint}")
+                if re.search(r"\s[#;]", text):
+                    raise argparse.ArgumentTypeError("a comment stands on a line of its own")
+                values[key] = read(text)
+            except argparse.ArgumentTypeError as error:
+                self.faults.append(f"[{section}] {key}: {error}")
         return values
 
-    def digests(self, name: str, sources: Iterable[str]) -> Iterator[bytes]:
-        """The digests of an institution's secrets; of one that is not set, a warning instead."""
-        for source in sources:
-            told = f"[institution {name}] secrets: {source} "
+    def institution(self, owner: str, values: Mapping[str, Any]) -> Institution:
+        """With the digests of its secrets. One that is not set is a warning, no fault."""
+        digests = []
+        for source in values["secrets"]:
             scheme, _, place = source.partition(":")
-            secret = b""
-            with contextlib.suppress(OSError):
-                secret = bare_secret((self.folder / place).read_bytes() if scheme == "file" else
-                                     os.fsencode(self.environment.get(place, "")))
-            if scheme == "sha256":
-                digest = bytes.fromhex(place)
-            elif not secret:
-                self.warnings.append(told + "is missing, empty or not readable: it is not set")
-                continue
-            else:
-                digest = hashlib.sha256(secret).digest()
-                if secret_fault(secret):
-                    self.faults.append(told + secret_fault(secret))
-                elif len(secret) < SHORT_SECRET:
-                    self.warnings.append(told + f"is shorter than {SHORT_SECRET} characters; make "
-                                         "one with: python3 sis_sync.py secret")
-            owned = f"one of them is also {name}'s"
-            if self.owned.setdefault(digest, owned) != owned:
-                self.faults.append(f"[institution {name}] secrets: {self.owned[digest]}")
-            yield digest
+            try:
+                if scheme == "sha256":
+                    digest = bytes.fromhex(place)
+                else:
+                    secret = read_secret(str(self.folder / place) if scheme == "file" else None,
+                                         place, self.environment)
+                    if len(secret) < SHORT_SECRET:
+                        log.warning("warning: [%s] secrets: %s: shorter than %d characters", owner,
+                                    source, SHORT_SECRET)
+                    digest = hashlib.sha256(secret).digest()
+                if self.owners.setdefault(digest, owner) != owner:
+                    raise CommandError(f"{source}: it is that of {self.owners[digest]}")
+                digests.append(digest)
+            except OSError as error:
+                log.warning("warning: [%s] secrets: not set: %s", owner, error)
+            except CommandError as error:
+                self.faults.append(f"[{owner}] secrets: {error}")
+        return Institution(owner.partition(" ")[2], tuple(digests),
+                           {key: values[key] for key in LISTS}, values["bad_rows"])
 
     def tls(self, certificate: str, key: str) -> ssl.SSLContext | None:
-        """The files as OpenSSL takes them, which does not say which of them it could not read."""
         if not certificate:
             self.faults += ["[server] tls_key: stands without tls_certificate"] * bool(key)
             return None
-        faults: dict[str, str] = {}         # by the file, as both may be one
-        for name, file, word in (("tls_certificate", certificate, "CERTIFICATE"),
-                                 ("tls_key", key or certificate, "PRIVATE KEY")):
-            try:
-                if f"{word}-----" not in pathlib.Path(file).read_text("latin-1"):
-                    faults.setdefault(file, f"{name}: {file}: no {word} in PEM")
-            except OSError as error:
-                faults.setdefault(file, f"{name}: {file}: cannot be read: {error.strerror}")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # In TLS 1.2 a client may ask for one handshake after the other, at next to no cost to it.
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)       # PyPy 3.9 does not name it
         # An end without a good-bye, which stopping makes, must not keep the answer from being sent.
         context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)      # from Python 3.10
+        fault = f"tls_certificate: {certificate}: must be a certificate in PEM"
         try:
-            if not faults:
-                # Without a password to try, OpenSSL would ask the terminal for one and wait.
-                context.load_cert_chain(certificate, key or None, password=lambda: b"")
+            # OpenSSL does not say which file is at fault: if not this one by itself, then the key.
+            ssl.create_default_context(cafile=certificate)
+            fault = f"tls_key: {key or certificate}: must be the certificate's key, not encrypted"
+            # Without a password to try, OpenSSL would ask the terminal for one and wait.
+            context.load_cert_chain(certificate, key or None, password="")
         except OSError as error:        # ssl.SSLError is one
-            faults[key] = (f"tls_certificate, tls_key: cannot be loaded: {error.strerror} (the key "
-                           "must be the certificate's, and the key not encrypted)")
-        self.faults += [f"[server] {fault}" for fault in faults.values()]
+            self.faults.append(f"[server] {fault} ({error.strerror})")
         return context
 
 
-def shown(key: str) -> str:
-    """A key; but what looks like none may be a secret, on a line of its own and with an = in it."""
-    return key if re.fullmatch("[A-Za-z_-]{0,30}", key) else "what is before the ="
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
+def unknown(what: str, name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"unknown {what}; allowed: {', '.join(known)}" + (
+        f"; did you mean {close[0]}?" if close else "")
 
 
-def bare_secret(text: bytes) -> bytes:
-    """Without the line end of a file, or the BOM that Notepad writes."""
-    return text.removeprefix(b"\xef\xbb\xbf").strip()
+def read_secret(file: str | None, variable: str = "SIS_SYNC_SECRET",
+                environment: Mapping[str, str] = os.environ) -> bytes:
+    """Of a file or the environment, never an argument: those anyone on the machine can list."""
+    return check_secret(file or f"env:{variable}", pathlib.Path(file).read_bytes() if file else
+                        os.fsencode(environment.get(variable, "")))
 
 
-def secret_fault(secret: bytes) -> str:
-    """Why this can't be a secret, with what to do; "" if it can."""
-    if secret.lower().startswith(b"sha256:"):
-        return ("is the digest of a secret: write that line itself after secrets =, or put the "
-                "secret here")
-    # What `sis_sync.py secret > file` writes, for one: the secret and its digest.
-    return "" if re.fullmatch(rb"[!-~\x80-\xff]{1,%d}" % MAX_SECRET, secret) else (
-        f"holds more than one word, a control character or over {MAX_SECRET} bytes, which no "
-        "header can carry: put the secret there alone")
+def check_secret(source: str, text: bytes) -> bytes:
+    """The secret in this text. Raises OSError if it is empty, CommandError if it can be none."""
+    secret = text.removeprefix(b"\xef\xbb\xbf").strip()     # Notepad writes a BOM
+    if not secret:
+        raise OSError(f"{source}: missing or empty")
+    # `sis_sync.py secret > file`, for one, writes two lines: the secret and its digest.
+    if not re.fullmatch(rb"(?i:(?!sha256:))[!-~\x80-\xff]{1,%d}" % MAX_SECRET, secret):
+        raise CommandError(f"{source}: put the secret there alone, a word of at most {MAX_SECRET} "
+                           "bytes; a sha256: line: write that line itself after secrets =")
+    return secret
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2129,8 +2081,8 @@ def say(*lines: str) -> None:
 
 def configuration_for(arguments: Arguments) -> Configuration:
     given = vars(arguments)
-    return load_configuration(given.get("config"), overrides={
-        key: given[key] for key in ("host", "port") if key in given})
+    return load_configuration(given["config"], overrides={
+        key: given[key] for key in ("host", "port") if given.get(key) is not None})
 
 
 def log_to(handler: logging.Handler) -> None:
@@ -2139,7 +2091,6 @@ def log_to(handler: logging.Handler) -> None:
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
     log.propagate = False
 
 
@@ -2156,7 +2107,6 @@ def command_serve(arguments: Arguments) -> int:
     log.info("sis_sync %s listens on %s%s", __version__, server.url, SYNC_PATH)
     log.info("configuration: %s", service.configuration.source or "defaults, as there is no file")
     log.info("database: %s", service.roster.path)
-    service.configuration.log()
     while server.accepting.is_alive():
         with contextlib.suppress(queue.Empty):
             number = signals.get(timeout=1)     # without, Ctrl-C would not end it on Windows
@@ -2188,7 +2138,6 @@ def reload(service: Service, arguments: Arguments) -> None:
         return
     service.configuration = new if bool(new.tls) == bool(old.tls) else new._replace(tls=old.tls)
     log.info("reloaded; another host, port, database, from http to https or back takes a restart")
-    new.log()
 
 
 def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
@@ -2208,9 +2157,7 @@ def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterato
 @functools.cache
 def wsgi_service() -> Service:
     log_to(logging.StreamHandler(sys.stderr))
-    service = Service(load_configuration())
-    service.configuration.log()
-    return service
+    return Service(load_configuration())
 
 
 def application(environ: Mapping[str, Any],
@@ -2236,46 +2183,42 @@ def application(environ: Mapping[str, Any],
 def command_secret(arguments: Arguments) -> int:
     """Print a new secret and its line for sis_sync.ini, or with --hash the line alone."""
     if arguments.hash:
-        secret = bare_secret(sys.stdin.buffer.readline())
-        if not secret or secret_fault(secret):
-            raise CommandError(f"standard input {secret_fault(secret)}" if secret else
-                               "no secret on standard input")
+        secret = check_secret("standard input", sys.stdin.buffer.readline())
     else:
         secret = b"sis_" + secrets.token_urlsafe(32).encode()
         print(secret.decode())
-        say("above: the secret, for whoever pushes; it is not kept anywhere. "
-            "below: for secrets = in sis_sync.ini")
+        say("above: the secret, which is kept nowhere; below: for secrets = in sis_sync.ini")
     print("sha256:" + hashlib.sha256(secret).hexdigest())
     return 0
 
 
 def command_check(arguments: Arguments) -> int:
     """Say all that is wrong with the configuration and the database, as a start would."""
+    log.handlers[:] = [logging.StreamHandler(sys.stdout)]       # for warnings
+    log.handlers[0].setLevel(logging.WARNING)
     try:
         configuration = configuration_for(arguments)
     except CommandError as error:
         print(*error.args, sep="\n")
         return 1
     faults = check_database(configuration.settings["database"])
-    warnings = [f"warning: {warning}" for warning in configuration.warnings]
-    verdict = f"{configuration.source or 'defaults'}: good" + ", with warnings" * bool(warnings)
-    print(*faults, *warnings, *[] if faults else [verdict], sep="\n")
-    return 1 if faults else 0
+    print(*faults or [f"{configuration.source or 'defaults'}: good"], sep="\n")
+    return bool(faults)
 
 
 def check_database(path: str) -> list[str]:
     """What would keep a start from using this database; nothing is changed, or created."""
-    folder = os.path.dirname(path)
-    if not os.path.exists(path):
-        return [] if os.access(folder, os.W_OK) else [f"{folder}: no database can be made here"]
-    if not os.access(path, os.R_OK | os.W_OK):
-        return [f"{path}: must be readable and writable"]
+    place = path if os.path.exists(path) else os.path.dirname(path)
+    if not os.access(place, os.R_OK | os.W_OK):
+        return [f"{place}: must be there, readable and writable"]
+    if place != path:
+        return []
     try:
         with reading(path) as connection:
             found = [row[0] for row in connection.execute("PRAGMA quick_check")]
     except CommandError as error:
         return list(error.args)
-    return [] if found == ["ok"] else [f"{path}: {line}" for line in found]
+    return [f"{path}: {line}" for line in found if line != "ok"]
 
 
 @contextlib.contextmanager
@@ -2286,8 +2229,7 @@ def reading(path: str, migrated: bool = False) -> Iterator[sqlite3.Connection]:
     try:
         with contextlib.closing(open_database(path, read_only=True)) as connection:
             if schema_version(connection) < max(MIGRATIONS) and migrated:
-                raise CommandError(f"{path}: is of an older version; the server migrates it at its "
-                                   "start")
+                raise CommandError(f"{path}: is of an older version: start the server once")
             yield connection
     except sqlite3.Error as error:
         raise CommandError(f"{path}: {error}") from error
@@ -2303,7 +2245,8 @@ def command_push(arguments: Arguments) -> int:
     if not arguments.dry_run:
         if not arguments.url:
             raise CommandError("push takes --url URL, or --dry-run")
-        post = Client(arguments.url, push_secret(arguments.secret_file), arguments.ca_file).post
+        secret = read_secret(arguments.secret_file).decode("latin-1")
+        post = Client(arguments.url, secret, arguments.ca_file).post
     push = Push(post, arguments.cohort, rows, sys.stderr)
     push.rejected += faults
     status = 0
@@ -2316,22 +2259,6 @@ def command_push(arguments: Arguments) -> int:
         status = 130
     report(push, unit, arguments.dry_run)
     return status or bool(push.rejected)
-
-
-def push_secret(file: str | None) -> str:
-    """From a file or the environment, never an argument: those anyone on the machine can list."""
-    where = f"--secret-file {file}" if file else "SIS_SYNC_SECRET"
-    try:
-        secret = bare_secret(pathlib.Path(file).read_bytes() if file else
-                             os.fsencode(os.environ.get(where, "")))
-    except OSError as error:
-        raise CommandError(f"{where}: cannot be read: {error}") from None
-    if not secret:
-        raise CommandError("the secret must be in SIS_SYNC_SECRET or in the file that "
-                           "--secret-file names")
-    if secret_fault(secret):
-        raise CommandError(f"{where} {secret_fault(secret)}")
-    return secret.decode("latin-1")
 
 
 def report(push: Push, unit: str, dry_run: bool) -> None:
@@ -2388,7 +2315,7 @@ def command_history(arguments: Arguments) -> int:
         # By arrival, so that a clock that was wrong once hides nobody: the last of each stays.
         last = dict(connection.execute("SELECT institution, time FROM history ORDER BY sync_id"))
         rows = connection.execute(f"SELECT {', '.join(HISTORY)} FROM history "
-                                  "ORDER BY sync_id DESC LIMIT ?", (arguments.limit,)).fetchall()
+                                  "ORDER BY sync_id DESC LIMIT 20").fetchall()
     if arguments.stale is not None:
         since = time.gmtime(time.time() - arguments.stale * 3600)
         quiet = [institution.name for institution in configuration.institutions
@@ -2468,121 +2395,81 @@ def demo_steps(url: str, secret: str) -> None:
     print("", *("  {:<42} {}  {}".format(*line) for line in table), sep="\n")
 
 
-DATE = Kind("a date, YYYY-MM-DD", lambda text: time.strptime(text, "%Y-%m-%d") and text,
-            "[0-9]{4}-[0-9]{2}-[0-9]{2}")
-HOURS = Kind("a number of hours", float, r"[0-9]{1,6}(\.[0-9]{1,6})?")
-MAPPING = Kind("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
+DATE = kind("a date, YYYY-MM-DD", str, "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")
+MAPPING = kind("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
                lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
-ANY_TEXT = Kind("", str)
+FLAG = {"action": "store_true"}
 
-
-def option(usage: str, help: str, kind: Kind = ANY_TEXT, default: object = None,
-           **settings: Any) -> tuple[tuple[str], dict[str, Any]]:
-    """As argparse takes it: "--limit N" has a value of that kind, "--json" is a flag."""
-    def read(text: str) -> Any:
-        try:
-            return kind.read(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {kind.allowed}") from None
-
-    name, _, metavar = usage.partition(" ")
-    if name.startswith("--") and not metavar:
-        return (name,), {"help": help, "action": "store_true"}
-    settings.update(metavar=metavar or None, type=read, default=default)
-    return (name,), {"help": help, **settings}
-
-
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
     "serve": (command_serve, (
-        option("--host HOST", "instead of the configured one", ADDRESS, argparse.SUPPRESS),
-        option("--port PORT", "instead of the configured one; 0: any free port",
-               whole_number(0, 65535), argparse.SUPPRESS))),
-    "demo": (command_demo, (option("--once", "end when all is shown"),)),
-    "secret": (command_secret, (
-        option("--hash", "read a secret from standard input and print its sha256: line"),)),
+        ("--host", "instead of the configured one", {"type": ADDRESS}),
+        ("--port", "likewise; 0: any free port", {"type": whole_number(0, 65535)}))),
+    "demo": (command_demo, (("--once", "end when all is shown", FLAG),)),
+    "secret": (command_secret, (("--hash", "make the line of a secret on standard input", FLAG),)),
     "check": (command_check, ()),
     "push": (command_push, (
-        option("file FILE", "CSV, OneRoster users.csv or JSON; -: standard input"),
-        option("--url URL", "of the server, such as https://sync.example.edu"),
-        option("--cohort ID", "the cohort_id of the roster", required=True),
-        option("--secret-file PATH", "where the secret is; else the environment's SIS_SYNC_SECRET"),
-        option("--map FIELD=HEADER", "which column a field is in; may be repeated", MAPPING, [],
-               action="append"),
-        option("--encoding {utf-8,cp1252}", "of a CSV, where it can't be told", default="",
-               choices=("utf-8", "cp1252")),
-        option("--dry-run", "check every row, though not against the server's lists, and send "
-               "nothing"),
-        option("--batch N", "students in a page (default, and most: 5000)", whole_number(1, 5000),
-               5000),
-        option("--ca-file PATH", "certificates to trust, in PEM"),
-        option("--json", "print the summary as JSON"))),
+        ("file", "CSV, OneRoster users.csv or JSON; -: standard input", {}),
+        ("--url", "of the server, such as https://sync.example.edu", {}),
+        ("--cohort", "the cohort_id of the roster", {"required": True}),
+        ("--secret-file", "where the secret is; else in the environment's SIS_SYNC_SECRET", {}),
+        ("--map", "FIELD=HEADER; repeatable", {"type": MAPPING, "action": "append", "default": []}),
+        ("--encoding", "of a CSV", {"choices": ("utf-8", "cp1252"), "default": ""}),
+        ("--dry-run", "check every row, if not against the server's lists, and send nothing", FLAG),
+        ("--batch", "students in a page", {"type": whole_number(1, 5000), "default": 5000}),
+        ("--ca-file", "certificates to trust, in PEM", {}))),
     "export": (command_export, (
-        option("--institution NAME", "whose; needed if there are several"),
-        option("--cohort ID", "which; needed if there are several"),
-        option("--output FILE", "a new file, instead of standard output"),
-        option("--not-seen-since DATE", "only who has been in no sync since YYYY-MM-DD (UTC)",
-               DATE),
-        option("--excel", "with a BOM, and no cell that a spreadsheet would run"))),
+        ("--institution", "whose; needed if there are several", {}),
+        ("--cohort", "which; needed if there are several", {}),
+        ("--output", "a new file, instead of standard output", {}),
+        ("--not-seen-since", "only who has been in no sync since YYYY-MM-DD (UTC)", {"type": DATE}),
+        ("--excel", "with a BOM, and no cell that a spreadsheet would run", FLAG))),
     "history": (command_history, (
-        option("--limit N", "how many (default 20)", whole_number(1, 10**9), 20),
-        option("--errors", "with the rejected rows of each"),
-        option("--json", "as JSON"),
-        option("--stale HOURS", "name the institutions with no sync for so long; exit 1 if there "
-               "are any", HOURS))),
-    "backup": (command_backup, (option("file FILE", "the copy; it must not exist"),)),
+        ("--errors", "with the rejected rows of each", FLAG),
+        ("--json", "as JSON", FLAG),
+        ("--stale", "exit 1, naming those who sent nothing for so many hours", {"type": float}))),
+    "backup": (command_backup, (("file", "the copy; it must not exist", {}),)),
 }
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    config = argparse.ArgumentParser(add_help=False)
-    config.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="the "
-                        "configuration; else SIS_SYNC_CONFIG, else sis_sync.ini beside the module")
-    parser = argparse.ArgumentParser(
-        prog="sis_sync.py", parents=[config], description="A school's roster, pushed over HTTP and "
-        "kept in SQLite. Without a command: serve.")
+    parser = argparse.ArgumentParser(prog="sis_sync.py", description="A school's roster, pushed "
+                                     "over HTTP and kept in SQLite. Without a command: serve.")
     parser.add_argument("--version", action="version", version=f"sis_sync {__version__}")
+    parser.add_argument("--config", help="the file; else SIS_SYNC_CONFIG says, else sis_sync.ini")
+    parser.set_defaults(command=command_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (function, options) in COMMANDS.items():
-        words = str(function.__doc__)
-        command = commands.add_parser(name, parents=[config], help=words, description=words)
-        for each in (command, parser) if name == "serve" else (command,):
-            each.set_defaults(command=function)
-            for names, settings in options:
-                each.add_argument(*names, **settings)
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.set_defaults(command=function)
+        for option, words, keywords in options:
+            command.add_argument(option, help=words, **keywords)
     return parser
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0 well, 1 the work found faults, 2 it can't be done."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:                  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):    # a Windows console may not know every letter
+        # Whoever started us may have closed it; and a Windows console may not know every letter.
+        stream = getattr(sys, name) or open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115
+        if name != "stdin":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")
-    status = 2
+        setattr(sys, name, stream)
+    log.handlers[:] = [logging.NullHandler()]       # a command that needs a log says where
     try:
-        if sqlite3.sqlite_version_info < (3, 24):
-            raise CommandError(f"this Python has SQLite {sqlite3.sqlite_version}; 3.24 or newer is "
-                               "needed")
         arguments = argument_parser().parse_args(words)
-        if arguments.command in (command_export, command_history):
-            status = 0                  # if whoever reads it has enough before the end
         status = int(arguments.command(arguments))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
-    except CommandError as error:
+    except (CommandError, sqlite3.Error) as error:
         say(*(f"sis_sync: {line}" for line in error.args))
-    except sqlite3.Error as error:
-        say(f"sis_sync: the database: {error}")
     except OSError as error:
         # Of stdout, say: the interpreter must not complain about it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return status
-        say(f"sis_sync: {error}")
+        with contextlib.suppress(OSError):      # a stdout may be none of the system's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            say(f"sis_sync: {error}")
     return 2
 
 
