@@ -72,7 +72,7 @@ if TYPE_CHECKING:                   # where X | Y may stand outside annotations 
     Record = tuple[str | int | None, ...]   # a good row: its values in the order of FIELDS
     Headers = tuple[tuple[str, str], ...]
     Document = Mapping[str, object]
-    Kind = Callable[[str], Any]             # how the text of a setting or an option is read
+    Reader = Callable[[str], Any]           # of the text of a setting or an option
     Option = tuple[str, str, dict[str, Any]]    # of a command: its name, help, and argparse's words
 
 __version__ = "2.0.0"
@@ -179,7 +179,8 @@ ERRORS = (
 )
 
 
-def kind(allowed: str, convert: Kind = str, pattern: str = "(?s).*", shown: bool = True) -> Kind:
+def reader(allowed: str, convert: Reader = str, pattern: str = "(?s).*",
+           shown: bool = True) -> Reader:
     """A function that reads such a text, or raises argparse.ArgumentTypeError and says why."""
     def read(text: str) -> Any:
         with contextlib.suppress(ValueError):       # of convert
@@ -191,30 +192,31 @@ def kind(allowed: str, convert: Kind = str, pattern: str = "(?s).*", shown: bool
     return read
 
 
-def whole_number(low: int, high: int) -> Kind:
+def whole_number(low: int, high: int) -> Reader:
     within = range(low, high + 1)
     # index() refuses what is not within; int() alone would take '+5', '5_000' and Arabic digits.
-    return kind(f"a whole number from {low} to {high}",
-                lambda text: within[within.index(int(text))], "[0-9]{1,12}")
+    return reader(f"a whole number from {low} to {high}",
+                  lambda text: within[within.index(int(text))], "[0-9]{1,12}")
 
 
-ADDRESS = kind("an IP address; no name is looked up", lambda text: str(ipaddress.ip_address(text)))
-FILE_OR_NONE = kind("the path of a file, or nothing", str, r"[^\x00-\x1f\x7f]*")
-NETWORKS = kind("addresses, or networks without host bits set, such as 10.0.0.0/8, or nothing",
-                lambda text: tuple(map(ipaddress.ip_network, text.replace(",", " ").split())))
+ADDRESS = reader("an IP address, as no name is looked up",
+                 lambda text: str(ipaddress.ip_address(text)))
+FILE_OR_NONE = reader("the path of a file, or nothing", str, r"[^\x00-\x1f\x7f]*")
+NETWORKS = reader("addresses, or networks without host bits set, such as 10.0.0.0/8, or nothing",
+                  lambda text: tuple(map(ipaddress.ip_network, text.replace(",", " ").split())))
 # configparser takes an indented line, and so an indented key, for more of the value above it.
-NAMES_LIST = kind("values with commas or line ends between, or nothing for any",
-                  lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))),
-                  r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*")
+NAMES_LIST = reader("values with commas or line ends between, or nothing for any",
+                    lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))),
+                    r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*")
 SOURCE = r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\0]+|sha256:[0-9A-Fa-f]{64})"
-SECRETS = kind("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
-               "never the secret itself", str.split, rf"({SOURCE}(\s+{SOURCE})*)?", shown=False)
+SECRETS = reader("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
+                 "never the secret itself", str.split, rf"({SOURCE}(\s+{SOURCE})*)?", shown=False)
 
 # Section, key, default, and how it is read. sis_sync.ini has the words on each.
 SETTINGS = (
     ("server", "host", "127.0.0.1", ADDRESS),
     ("server", "port", "8080", whole_number(0, 65535)),
-    ("server", "database", "sis_sync.db", kind("the path of a file", str, r"[^\x00-\x1f\x7f]+")),
+    ("server", "database", "sis_sync.db", reader("the path of a file", str, r"[^\x00-\x1f\x7f]+")),
     ("server", "tls_certificate", "", FILE_OR_NONE),
     ("server", "tls_key", "", FILE_OR_NONE),
     ("server", "trusted_proxies", "", NETWORKS),
@@ -226,7 +228,7 @@ SETTINGS = (
     ("limits", "request_timeout", "30", whole_number(1, 3600)),
     ("institution", "secrets", "env:SIS_SYNC_SECRET", SECRETS),
     *(("institution", key, "", NAMES_LIST) for key in LISTS),
-    ("institution", "bad_rows", "skip", kind("skip or reject", str, "skip|reject")),
+    ("institution", "bad_rows", "skip", reader("skip or reject", str, "skip|reject")),
 )
 
 MAX_REQUEST_LINE = 8 * 1024         # bytes; RFC 9112 section 3 recommends at least 8,000
@@ -1796,12 +1798,12 @@ def read_table(path: str, data: bytes, encoding: str,
     lines = io.TextIOWrapper(io.BytesIO(data), encoding, newline="").readlines()
     # The delimiter is the one that stands most often in the header, outside quotes.
     first = re.sub(r'"[^"]*"', "", next(filter(str.strip, lines), ""))
-    reader = csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True,
+    parser = csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True,
                         skipinitialspace=True)
     records, line = [], 1
     try:
-        for cells in reader:
-            if reader.line_num - line > MAX_CELL_LINES and any(
+        for cells in parser:
+            if parser.line_num - line > MAX_CELL_LINES and any(
                     len(cell.splitlines()) > MAX_CELL_LINES for cell in cells):
                 raise csv.Error(f"a cell of over {MAX_CELL_LINES} lines")
             cells = [cell.strip(WHITE_SPACE) for cell in cells]
@@ -1809,7 +1811,7 @@ def read_table(path: str, data: bytes, encoding: str,
                 cells.pop()
             if cells:
                 records.append((line, cells))
-            line = reader.line_num + 1
+            line = parser.line_num + 1
     except csv.Error as error:
         raise CommandError(f"{path}: line {line}: {error}: is there a quote too many, or one too "
                            "few?") from None
@@ -1949,7 +1951,7 @@ def read_ini(file: pathlib.Path) -> dict[str, dict[str, str]]:
         raise CommandError(f"{file}: cannot be read: {error}") from None
     except configparser.Error as error:
         lines = [line for line, _ in getattr(error, "errors", ())] or [getattr(error, "lineno", 0)]
-        raise CommandError(*(f"{file}: line {line}: {INI_FAULTS[type(error)]}"
+        raise CommandError(*(f"{file}: line {line}: {INI_FAULTS.get(type(error), 'cannot be read')}"
                              for line in lines)) from None
     return {section: dict(parser[section]) for section in parser.sections()}
 
@@ -2395,9 +2397,9 @@ def demo_steps(url: str, secret: str) -> None:
     print("", *("  {:<42} {}  {}".format(*line) for line in table), sep="\n")
 
 
-DATE = kind("a date, YYYY-MM-DD", str, "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")
-MAPPING = kind("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
-               lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
+DATE = reader("a date, YYYY-MM-DD", str, "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")
+MAPPING = reader("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
+                 lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
 FLAG = {"action": "store_true"}
 
 COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
