@@ -488,7 +488,7 @@ class TestGrowth:
             student(1, locker="A 12"), student(2, locker="much too long"), student(3)))
         assert (answer["details"]["imported"], answer["ignored"]) == (2, [])
         assert answer["errors"] == [{"row": 2, "field": "locker", "error": "invalid_field",
-                                     "message": "locker must be 1 to 9 characters"}]
+                                     "message": "locker must be at most 9 characters"}]
         _, again = self.ask(grown, service, "POST", SYNC, batch(student(1, locker="B 7"), student(3)))
         assert again["details"] == {"imported": 0, "updated": 2, "unchanged": 1}
         _, document = self.ask(grown, service, "GET", "/openapi.json")
@@ -620,7 +620,7 @@ GOOD: list[tuple[str, Any, Any]] = [
     *((field.name, value, value) for field in OPTIONAL
       for value in ("O'Brien", "Nguyễn", "Zoë", "王", "e\u0301", "क्\u200dष", "👩\u200d🎓", "x" * field.longest,
                     "a\x80b", "=1+1", "a \u3000b", "a\x85b")
-      if field.shortest <= len(value) <= field.longest),
+      if len(value) <= field.longest),
     *(("first_name", f"{blank}a{blank}", "a") for blank in BLANKS),
     *(("first_name", f"{other}a{other}", f"{other}a{other}") for other in NO_BLANKS),
     *((field.name, None, None) for field in sis_sync.FIELDS if not field.required),
@@ -636,11 +636,11 @@ BAD: list[tuple[str, Any, str, str]] = [
       for field in TEXT for value in NUMBERS_AND_SUCH),
     *((field.name, value, "invalid_field", f"{field.name} must be true, false or null")
       for field in BOOLEANS for value in NO_BOOLEANS),
-    *((field.name, value, "invalid_field", f"{field.name} must be {field.shortest} to {field.longest} characters")
-      for field in TEXT for value in ("a@" + "b" * (field.longest - 1), "x" * (field.shortest - 1)) if value),
+    *((field.name, value, "invalid_field", f"{field.name} must be at most {field.longest} characters")
+      for field in TEXT for value in ["a@" + "b" * (field.longest - 1)]),
     *(("email", value, "invalid_field",
        "email must be an e-mail address: something, one @, something, no white space")
-      for value in ("abc", "@bc", "ab@", "a@b@c", "a@b, c@d", *(f"a@b{blank}c" for blank in BLANKS[5:]))),
+      for value in ("a", "@", "abc", "@bc", "ab@", "a@b@c", "a@b, c@d", *(f"a@b{blank}c" for blank in BLANKS[5:]))),
     *((field.name, f"a@{character}b", "invalid_field", f"{field.name} holds U+{ord(character):04X}, {what}")
       for field in TEXT
       for what, characters in (("a control character", "\0\t\n\x1c\x1f\x7f"),
@@ -684,16 +684,16 @@ class TestFields:
 
     def test_the_fields_are_those_of_the_contract_s_own_table(self) -> None:
         """The one test that a new field breaks."""
-        assert [(field.name, field.required, field.listed, (field.shortest, field.longest) if field.kind is str else ())
+        assert [(field.name, field.required, field.listed, field.longest if field.kind is str else 0)
                 for field in (sis_sync.COHORT, *sis_sync.FIELDS)] == [
-            ("cohort_id", True, "cohorts", (1, 64)),
-            ("student_id_ext", True, "", (1, 255)),
-            ("email", True, "", (3, 254)),
-            ("first_name", False, "", (1, 255)),
-            ("last_name", False, "", (1, 255)),
-            ("program_code", False, "programs", (1, 255)),
-            ("campus_name", False, "campuses", (1, 255)),
-            ("first_in_family", False, "", ())]
+            ("cohort_id", True, "cohorts", 64),
+            ("student_id_ext", True, "", 255),
+            ("email", True, "", 254),
+            ("first_name", False, "", 255),
+            ("last_name", False, "", 255),
+            ("program_code", False, "programs", 255),
+            ("campus_name", False, "campuses", 255),
+            ("first_in_family", False, "", 0)]
 
     def test_every_field_is_in_the_corpus(self) -> None:
         assert {row[0] for row in GOOD} == {row[0] for row in BAD} == set(sis_sync.NAMES)
@@ -735,7 +735,8 @@ class TestFields:
                 assert errors == [value._replace(row=row) for row, value in enumerate(expected, 1)
                                   if isinstance(value, sis_sync.RowError)]
                 place = sis_sync.NAMES.index(field.name)
-                kept = [value for value in expected if not isinstance(value, sis_sync.RowError)]
+                kept = [int(value) if isinstance(value, bool) else value
+                        for value in expected if not isinstance(value, sis_sync.RowError)]
                 assert [(record[place], type(record[place])) for record in records] == [
                     (value, type(value)) for value in kept]
 
@@ -1241,7 +1242,7 @@ class TestErrors(Described):
         assert answer.status == status
         if status == 415:
             assert (answer.code, answer.headers["accept"]) == ("unsupported_media_type", "application/json")
-            assert answer.document["detail"] in ("Content-Type must be application/json", "the charset must be utf-8")
+            assert answer.document["detail"].startswith("Content-Type must be application/json, in utf-8; ")
 
     @pytest.mark.parametrize("coding, status", [
         ("identity", 200), ("gzip", 200), ("GZIP", 200), ("x-gzip", 200), ("br", 415), ("deflate", 415),
@@ -1255,7 +1256,7 @@ class TestErrors(Described):
         assert answer.status == status
         if status == 415:
             assert (answer.code, answer.headers["accept-encoding"]) == ("unsupported_media_type", "gzip, identity")
-            assert answer.document["detail"] == "Content-Encoding must be gzip or identity"
+            assert answer.document["detail"].endswith("; Content-Encoding gzip or identity")
 
     def test_a_gzip_bomb_is_too_large_and_a_torn_one_malformed(self, server: Process) -> None:
         bomb = gzip.compress(b" " * (64 << 20))
@@ -1456,8 +1457,7 @@ class TestCost(Described):
         assert [answer.status for answer in answers] == [status] * 2
         if status == 400:
             assert answers[1].document == {
-                "error": "malformed_json", "detail": "the body is not what Content-Encoding says: broken or cut off "
-                "gzip, or more than one member of it"}
+                "error": "malformed_json", "detail": "broken or cut off gzip, or more than one member"}
 
     def test_gzip_that_comes_byte_by_byte_is_read_as_well(self, service: sis_sync.Service) -> None:
         data = gzip.compress(json.dumps(batch(*map(student, range(50)))).encode())
@@ -1737,7 +1737,7 @@ class TestOpenAPI:
             schema = {**SCHEMAS["Student"]["properties"], **SCHEMAS["Batch"]["properties"]}[field.name]
             assert ("null" in schema["type"]) is not field.required
             assert field.kind is bool or (schema.get("minLength", 0), schema["maxLength"]) == (
-                field.shortest * field.required, field.longest)
+                int(field.required), field.longest)
 
     def test_the_codes_are_enums_and_those_of_the_tables(self) -> None:
         assert SCHEMAS["RowError"]["properties"]["error"]["enum"] == list(sis_sync.ROW_ERRORS)
@@ -1861,7 +1861,7 @@ class TestSchemaAgainstServer:
                   "\ufeff\ufffd\uffff\u0301é王\U0001f393\U0010ffff\"\\{}[]^$|\u202e")
 
     def some_text(self, pick: random.Random, field: sis_sync.Field) -> str:
-        size = pick.choice((0, 1, 2, 3, 5, 9, 64, 65, field.shortest - 1, field.longest, field.longest + 1))
+        size = pick.choice((0, 1, 2, 3, 5, 9, 64, 65, field.longest, field.longest + 1))
         text = "".join(pick.choices("abcdé王\U0001f393", k=max(0, size)))
         for _ in range(pick.choice((0, 0, 1, 1, 2, 5))):
             place = pick.choice((0, len(text), pick.randrange(len(text) + 1)))
@@ -4036,7 +4036,7 @@ class TestPush:
     def test_a_dry_run_refuses_a_cohort_that_none_can_be_called(self, tmp_path: pathlib.Path) -> None:
         (tmp_path / "roster.csv").write_text(csv_of([FULL]))
         result = run("push", tmp_path / "roster.csv", "--cohort", "x" * 65, "--dry-run")
-        assert (result.returncode, b"cohort_id must be 1 to 64 characters" in result.stderr) == (2, True)
+        assert (result.returncode, b"cohort_id must be at most 64 characters" in result.stderr) == (2, True)
 
     @pytest.mark.parametrize("name, data, words", [
         ("roster.csv", "student_id_ext,email\n\n,\n", ()), ("roster.json", "[]", ()),
