@@ -281,6 +281,167 @@ class Configuration(NamedTuple):
     source: str                             # the file, or "" for none
 
 
+DEFAULT_FILE = pathlib.Path(__file__).resolve().with_suffix(".ini")
+SECTION = re.compile("server|limits|institution [a-z0-9-]{1,64}")
+# configparser's own words show the line, which may hold a secret.
+INI_FAULTS = {configparser.MissingSectionHeaderError: "stands before the first [section]",
+              configparser.DuplicateSectionError: "this [section] stands twice",
+              configparser.DuplicateOptionError: "this key stands twice in its section",
+              configparser.ParsingError: "is neither [section] nor key = value"}
+
+
+def load_configuration(path: str | None = None, environment: Mapping[str, str] = os.environ,
+                       overrides: Mapping[str, Any] = {}) -> Configuration:
+    """Of the file, else SIS_SYNC_CONFIG, else sis_sync.ini beside the module, else the defaults.
+    overrides: settings of [server]. Raises CommandError with every fault that the file has."""
+    named = path or environment.get("SIS_SYNC_CONFIG")
+    file = pathlib.Path(named or DEFAULT_FILE).absolute()
+    source = str(file) if named or file.exists() else ""
+    sections = {"server": {}, "limits": {}, **(read_ini(file) if source else {})}
+    if not any(section.startswith("institution ") for section in sections):
+        sections["institution default"] = {}
+    reading = Reading(file.parent, environment)
+    values = {section: reading.section(section, found) for section, found in sections.items()}
+    settings = {**values.pop("server"), **values.pop("limits"), **overrides}
+    institutions = [reading.institution(section, keys) for section, keys in values.items() if keys]
+    for key in ("database", "tls_certificate", "tls_key"):
+        settings[key] = settings[key] and str(file.parent / settings[key])
+    tls = reading.tls(settings["tls_certificate"], settings["tls_key"])
+    if reading.faults:
+        raise CommandError(*(f"{file}: {fault}" for fault in reading.faults))
+    for institution in institutions:
+        log.info("institution %s: secrets set: %d", institution.name, len(institution.digests))
+    if not tls and not ipaddress.ip_address(settings["host"]).is_loopback:
+        log.warning("warning: [server] host: %s is open to others, without TLS", settings["host"])
+    if not any(institution.digests for institution in institutions):
+        log.warning("warning: no institution has a secret set: every push will be answered 503")
+    return Configuration(settings, tuple(institutions), tls, source)
+
+
+def read_ini(file: pathlib.Path) -> dict[str, dict[str, str]]:
+    """The sections and keys of the file, as text. Raises CommandError."""
+    # No '%' interpolation: it breaks secrets. No [DEFAULT]: it leaks into every section.
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",),
+                                       default_section="\0", empty_lines_in_values=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # a key is spelt one way
+    parser.SECTCRE = re.compile(r"\[(?P<header>[^]]+)\]$")  # what stood behind was passed over
+    try:
+        # Notepad writes a BOM, and the locale's encoding is not UTF-8 everywhere.
+        parser.read_string(file.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{file}: cannot be read: {error}") from None
+    except configparser.Error as error:
+        lines = [line for line, _ in getattr(error, "errors", ())] or [getattr(error, "lineno", 0)]
+        raise CommandError(*(f"{file}: line {line}: {INI_FAULTS.get(type(error), 'cannot be read')}"
+                             for line in lines)) from None
+    return {section: dict(parser[section]) for section in parser.sections()}
+
+
+class Reading:
+    """One reading of a configuration. Its faults gather here, to be told at once."""
+
+    def __init__(self, folder: pathlib.Path, environment: Mapping[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+        self.faults: list[str] = []
+        # By digest: nobody must be taken for another, or let in with nothing.
+        self.owners = {hashlib.sha256(b"").digest(): "no secret at all"}
+
+    def section(self, section: str, found: Mapping[str, str]) -> dict[str, Any]:
+        """The values of one section as SETTINGS says, defaults filled in; {} for an unknown one."""
+        if not SECTION.fullmatch(section):
+            words = unknown("section", section, ("server", "limits", "institution NAME"))
+            self.faults.append(f"[{section}]: {words} (NAME: a-z, 0-9, hyphens)")
+            return {}
+        known = {key: (default, read) for table, key, default, read in SETTINGS
+                 if table == section.partition(" ")[0]}
+        for key in [key for key in found if key not in known]:
+            # What looks like no key may be a secret, on a line of its own and with an = in it.
+            plain = re.fullmatch(r"(\[[^]]*\] *)?[A-Za-z_-]{0,30}", key)
+            self.faults.append(f"[{section}] {key if plain else 'what is before the ='}: "
+                               + unknown("key", key, [*known]))
+        values: dict[str, Any] = dict.fromkeys(known, "")   # with faults, nothing is made of it
+        for key, (default, read) in known.items():
+            text = found.get(key, default)
+            try:
+                if re.search(r"\s[#;]", text):
+                    raise argparse.ArgumentTypeError("a comment stands on a line of its own")
+                values[key] = read(text)
+            except argparse.ArgumentTypeError as error:
+                self.faults.append(f"[{section}] {key}: {error}")
+        return values
+
+    def institution(self, owner: str, values: Mapping[str, Any]) -> Institution:
+        """With the digests of its secrets. One that is not set is a warning, no fault."""
+        digests = []
+        for source in values["secrets"]:
+            scheme, _, place = source.partition(":")
+            try:
+                if scheme == "sha256":
+                    digest = bytes.fromhex(place)
+                else:
+                    secret = read_secret(str(self.folder / place) if scheme == "file" else None,
+                                         place, self.environment)
+                    if len(secret) < SHORT_SECRET:
+                        log.warning("warning: [%s] secrets: %s: shorter than %d characters", owner,
+                                    source, SHORT_SECRET)
+                    digest = hashlib.sha256(secret).digest()
+                if self.owners.setdefault(digest, owner) != owner:
+                    raise CommandError(f"{source}: it is that of {self.owners[digest]}")
+                digests.append(digest)
+            except OSError as error:
+                log.warning("warning: [%s] secrets: not set: %s", owner, error)
+            except CommandError as error:
+                self.faults.append(f"[{owner}] secrets: {error}")
+        return Institution(owner.partition(" ")[2], tuple(digests),
+                           {key: values[key] for key in LISTS}, values["bad_rows"])
+
+    def tls(self, certificate: str, key: str) -> ssl.SSLContext | None:
+        if not certificate:
+            self.faults += ["[server] tls_key: stands without tls_certificate"] * bool(key)
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # In TLS 1.2 a client may ask for one handshake after the other, at next to no cost to it.
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)       # PyPy 3.9 does not name it
+        # An end without a good-bye, which stopping makes, must not keep the answer from being sent.
+        context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)      # from Python 3.10
+        fault = f"tls_certificate: {certificate}: must be a certificate in PEM"
+        try:
+            # OpenSSL does not say which file is at fault: if not this one by itself, then the key.
+            ssl.create_default_context(cafile=certificate)
+            fault = f"tls_key: {key or certificate}: must be the certificate's key, not encrypted"
+            # Without a password to try, OpenSSL would ask the terminal for one and wait.
+            context.load_cert_chain(certificate, key or None, password="")
+        except OSError as error:        # ssl.SSLError is one
+            self.faults.append(f"[server] {fault} ({error.strerror})")
+        return context
+
+
+def unknown(what: str, name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"unknown {what}; allowed: {', '.join(known)}" + (
+        f"; did you mean {close[0]}?" if close else "")
+
+
+def read_secret(file: str | None, variable: str = "SIS_SYNC_SECRET",
+                environment: Mapping[str, str] = os.environ) -> bytes:
+    """Of a file or the environment, never an argument: those anyone on the machine can list."""
+    return check_secret(file or f"env:{variable}", pathlib.Path(file).read_bytes() if file else
+                        os.fsencode(environment.get(variable, "")))
+
+
+def check_secret(source: str, text: bytes) -> bytes:
+    """The secret in this text. Raises OSError if it is empty, CommandError if it can be none."""
+    secret = text.removeprefix(b"\xef\xbb\xbf").strip()     # Notepad writes a BOM
+    if not secret:
+        raise OSError(f"{source}: missing or empty")
+    # `sis_sync.py secret > file`, for one, writes two lines: the secret and its digest.
+    if not re.fullmatch(rb"(?i:(?!sha256:))[!-~\x80-\xff]{1,%d}" % MAX_SECRET, secret):
+        raise CommandError(f"{source}: put the secret there alone, a word of at most {MAX_SECRET} "
+                           "bytes; a sha256: line: write that line itself after secrets =")
+    return secret
+
+
 # ---------------------------------------------------------------------------------------------
 # The request: who is calling, and what was sent
 # ---------------------------------------------------------------------------------------------
@@ -1050,6 +1211,15 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}{words} ({where})"
 
 
+def log_to(handler: logging.Handler) -> None:
+    """Each line begins with the time, in UTC, as ISO 8601 has it."""
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    log.handlers[:] = [handler]
+    log.propagate = False
+
+
 def log_request(request: Request, response: Response) -> None:
     """One line, behind its time; its rows are received/imported/rejected."""
     # What a client wrote must not forge a line of the log, or steer the terminal that shows it.
@@ -1367,6 +1537,53 @@ class Server(http.server.ThreadingHTTPServer):
                         socket.socket.shutdown(stream.connection, socket.SHUT_RD)
             self.changed.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
         self.service.close(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# The other way in: WSGI
+# ---------------------------------------------------------------------------------------------
+
+wsgi_lock = threading.Lock()        # of the one service that `application` makes
+
+
+def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
+    """The body as a WSGI server hands it on: up to Content-Length, or to its end if it has one."""
+    read, terminated = environ["wsgi.input"].read, environ.get("wsgi.input_terminated")
+    required(terminated or "transfer-encoding" not in headers,
+             "this host does not hand chunked bodies on: send a Content-Length")
+    try:
+        if "content-length" in headers or not terminated:
+            yield from exactly(int(headers.get("content-length", "0")), read)
+        else:
+            yield from iter(lambda: read(PIECE), b"")
+    except Exception:  # noqa: BLE001  PEP 3333 does not say what a broken connection raises
+        raise Refusal("malformed_request", "the request ended before it was whole") from None
+
+
+@functools.cache
+def wsgi_service() -> Service:
+    log_to(logging.StreamHandler(sys.stderr))
+    return Service(load_configuration())
+
+
+def application(environ: Mapping[str, Any],
+                start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """The WSGI callable (PEP 3333). It reads its configuration at the first request."""
+    headers = {name.removeprefix("HTTP_").replace("_", "-").lower(): str(value)
+               for name, value in environ.items()
+               if name.startswith("HTTP_") or name in ("CONTENT_TYPE", "CONTENT_LENGTH") and value}
+    request = Request(environ.get("REMOTE_ADDR", ""), environ["REQUEST_METHOD"],
+                      environ.get("PATH_INFO") or "/", headers, wsgi_body(environ, headers))
+    try:
+        with wsgi_lock:
+            service = wsgi_service()
+        response = service.handle(request)
+    except CommandError as error:
+        log.error("%s server_error %s", request.id, "; ".join(error.args))
+        response = Response.of_refusal(request, Refusal("server_error", request_id=request.id))
+    status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
+    start_response(status, list(response.headers))
+    return [response.body]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1808,176 +2025,10 @@ def why_left_out(record: Mapping[str, str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading sis_sync.ini
-# ---------------------------------------------------------------------------------------------
-
-DEFAULT_FILE = pathlib.Path(__file__).resolve().with_suffix(".ini")
-SECTION = re.compile("server|limits|institution [a-z0-9-]{1,64}")
-# configparser's own words show the line, which may hold a secret.
-INI_FAULTS = {configparser.MissingSectionHeaderError: "stands before the first [section]",
-              configparser.DuplicateSectionError: "this [section] stands twice",
-              configparser.DuplicateOptionError: "this key stands twice in its section",
-              configparser.ParsingError: "is neither [section] nor key = value"}
-
-
-def load_configuration(path: str | None = None, environment: Mapping[str, str] = os.environ,
-                       overrides: Mapping[str, Any] = {}) -> Configuration:
-    """Of the file, else SIS_SYNC_CONFIG, else sis_sync.ini beside the module, else the defaults.
-    overrides: settings of [server]. Raises CommandError with every fault that the file has."""
-    named = path or environment.get("SIS_SYNC_CONFIG")
-    file = pathlib.Path(named or DEFAULT_FILE).absolute()
-    source = str(file) if named or file.exists() else ""
-    sections = {"server": {}, "limits": {}, **(read_ini(file) if source else {})}
-    if not any(section.startswith("institution ") for section in sections):
-        sections["institution default"] = {}
-    reading = Reading(file.parent, environment)
-    values = {section: reading.section(section, found) for section, found in sections.items()}
-    settings = {**values.pop("server"), **values.pop("limits"), **overrides}
-    institutions = [reading.institution(section, keys) for section, keys in values.items() if keys]
-    for key in ("database", "tls_certificate", "tls_key"):
-        settings[key] = settings[key] and str(file.parent / settings[key])
-    tls = reading.tls(settings["tls_certificate"], settings["tls_key"])
-    if reading.faults:
-        raise CommandError(*(f"{file}: {fault}" for fault in reading.faults))
-    for institution in institutions:
-        log.info("institution %s: secrets set: %d", institution.name, len(institution.digests))
-    if not tls and not ipaddress.ip_address(settings["host"]).is_loopback:
-        log.warning("warning: [server] host: %s is open to others, without TLS", settings["host"])
-    if not any(institution.digests for institution in institutions):
-        log.warning("warning: no institution has a secret set: every push will be answered 503")
-    return Configuration(settings, tuple(institutions), tls, source)
-
-
-def read_ini(file: pathlib.Path) -> dict[str, dict[str, str]]:
-    """The sections and keys of the file, as text. Raises CommandError."""
-    # No '%' interpolation: it breaks secrets. No [DEFAULT]: it leaks into every section.
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",),
-                                       default_section="\0", empty_lines_in_values=False)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]  # a key is spelt one way
-    parser.SECTCRE = re.compile(r"\[(?P<header>[^]]+)\]$")  # what stood behind was passed over
-    try:
-        # Notepad writes a BOM, and the locale's encoding is not UTF-8 everywhere.
-        parser.read_string(file.read_text("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{file}: cannot be read: {error}") from None
-    except configparser.Error as error:
-        lines = [line for line, _ in getattr(error, "errors", ())] or [getattr(error, "lineno", 0)]
-        raise CommandError(*(f"{file}: line {line}: {INI_FAULTS.get(type(error), 'cannot be read')}"
-                             for line in lines)) from None
-    return {section: dict(parser[section]) for section in parser.sections()}
-
-
-class Reading:
-    """One reading of a configuration. Its faults gather here, to be told at once."""
-
-    def __init__(self, folder: pathlib.Path, environment: Mapping[str, str]) -> None:
-        self.folder, self.environment = folder, environment
-        self.faults: list[str] = []
-        # By digest: nobody must be taken for another, or let in with nothing.
-        self.owners = {hashlib.sha256(b"").digest(): "no secret at all"}
-
-    def section(self, section: str, found: Mapping[str, str]) -> dict[str, Any]:
-        """The values of one section as SETTINGS says, defaults filled in; {} for an unknown one."""
-        if not SECTION.fullmatch(section):
-            words = unknown("section", section, ("server", "limits", "institution NAME"))
-            self.faults.append(f"[{section}]: {words} (NAME: a-z, 0-9, hyphens)")
-            return {}
-        known = {key: (default, read) for table, key, default, read in SETTINGS
-                 if table == section.partition(" ")[0]}
-        for key in [key for key in found if key not in known]:
-            # What looks like no key may be a secret, on a line of its own and with an = in it.
-            plain = re.fullmatch(r"(\[[^]]*\] *)?[A-Za-z_-]{0,30}", key)
-            self.faults.append(f"[{section}] {key if plain else 'what is before the ='}: "
-                               + unknown("key", key, [*known]))
-        values: dict[str, Any] = dict.fromkeys(known, "")   # with faults, nothing is made of it
-        for key, (default, read) in known.items():
-            text = found.get(key, default)
-            try:
-                if re.search(r"\s[#;]", text):
-                    raise argparse.ArgumentTypeError("a comment stands on a line of its own")
-                values[key] = read(text)
-            except argparse.ArgumentTypeError as error:
-                self.faults.append(f"[{section}] {key}: {error}")
-        return values
-
-    def institution(self, owner: str, values: Mapping[str, Any]) -> Institution:
-        """With the digests of its secrets. One that is not set is a warning, no fault."""
-        digests = []
-        for source in values["secrets"]:
-            scheme, _, place = source.partition(":")
-            try:
-                if scheme == "sha256":
-                    digest = bytes.fromhex(place)
-                else:
-                    secret = read_secret(str(self.folder / place) if scheme == "file" else None,
-                                         place, self.environment)
-                    if len(secret) < SHORT_SECRET:
-                        log.warning("warning: [%s] secrets: %s: shorter than %d characters", owner,
-                                    source, SHORT_SECRET)
-                    digest = hashlib.sha256(secret).digest()
-                if self.owners.setdefault(digest, owner) != owner:
-                    raise CommandError(f"{source}: it is that of {self.owners[digest]}")
-                digests.append(digest)
-            except OSError as error:
-                log.warning("warning: [%s] secrets: not set: %s", owner, error)
-            except CommandError as error:
-                self.faults.append(f"[{owner}] secrets: {error}")
-        return Institution(owner.partition(" ")[2], tuple(digests),
-                           {key: values[key] for key in LISTS}, values["bad_rows"])
-
-    def tls(self, certificate: str, key: str) -> ssl.SSLContext | None:
-        if not certificate:
-            self.faults += ["[server] tls_key: stands without tls_certificate"] * bool(key)
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # In TLS 1.2 a client may ask for one handshake after the other, at next to no cost to it.
-        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)       # PyPy 3.9 does not name it
-        # An end without a good-bye, which stopping makes, must not keep the answer from being sent.
-        context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)      # from Python 3.10
-        fault = f"tls_certificate: {certificate}: must be a certificate in PEM"
-        try:
-            # OpenSSL does not say which file is at fault: if not this one by itself, then the key.
-            ssl.create_default_context(cafile=certificate)
-            fault = f"tls_key: {key or certificate}: must be the certificate's key, not encrypted"
-            # Without a password to try, OpenSSL would ask the terminal for one and wait.
-            context.load_cert_chain(certificate, key or None, password="")
-        except OSError as error:        # ssl.SSLError is one
-            self.faults.append(f"[server] {fault} ({error.strerror})")
-        return context
-
-
-def unknown(what: str, name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"unknown {what}; allowed: {', '.join(known)}" + (
-        f"; did you mean {close[0]}?" if close else "")
-
-
-def read_secret(file: str | None, variable: str = "SIS_SYNC_SECRET",
-                environment: Mapping[str, str] = os.environ) -> bytes:
-    """Of a file or the environment, never an argument: those anyone on the machine can list."""
-    return check_secret(file or f"env:{variable}", pathlib.Path(file).read_bytes() if file else
-                        os.fsencode(environment.get(variable, "")))
-
-
-def check_secret(source: str, text: bytes) -> bytes:
-    """The secret in this text. Raises OSError if it is empty, CommandError if it can be none."""
-    secret = text.removeprefix(b"\xef\xbb\xbf").strip()     # Notepad writes a BOM
-    if not secret:
-        raise OSError(f"{source}: missing or empty")
-    # `sis_sync.py secret > file`, for one, writes two lines: the secret and its digest.
-    if not re.fullmatch(rb"(?i:(?!sha256:))[!-~\x80-\xff]{1,%d}" % MAX_SECRET, secret):
-        raise CommandError(f"{source}: put the secret there alone, a word of at most {MAX_SECRET} "
-                           "bytes; a sha256: line: write that line itself after secrets =")
-    return secret
-
-
-# ---------------------------------------------------------------------------------------------
 # The commands
 # ---------------------------------------------------------------------------------------------
 
 Arguments = argparse.Namespace
-wsgi_lock = threading.Lock()        # of the one service that `application` makes
 
 
 def printable(text: str) -> str:
@@ -1996,15 +2047,6 @@ def configuration_for(arguments: Arguments) -> Configuration:
     given = vars(arguments)
     return load_configuration(given["config"], overrides={
         key: given[key] for key in ("host", "port") if given.get(key) is not None})
-
-
-def log_to(handler: logging.Handler) -> None:
-    """Each line begins with the time, in UTC, as ISO 8601 has it."""
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    log.handlers[:] = [handler]
-    log.propagate = False
 
 
 def command_serve(arguments: Arguments) -> int:
@@ -2051,46 +2093,6 @@ def reload(service: Service, arguments: Arguments) -> None:
         return
     service.configuration = new if bool(new.tls) == bool(old.tls) else new._replace(tls=old.tls)
     log.info("reloaded; another host, port, database, from http to https or back takes a restart")
-
-
-def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
-    """The body as a WSGI server hands it on: up to Content-Length, or to its end if it has one."""
-    read, terminated = environ["wsgi.input"].read, environ.get("wsgi.input_terminated")
-    required(terminated or "transfer-encoding" not in headers,
-             "this host does not hand chunked bodies on: send a Content-Length")
-    try:
-        if "content-length" in headers or not terminated:
-            yield from exactly(int(headers.get("content-length", "0")), read)
-        else:
-            yield from iter(lambda: read(PIECE), b"")
-    except Exception:  # noqa: BLE001  PEP 3333 does not say what a broken connection raises
-        raise Refusal("malformed_request", "the request ended before it was whole") from None
-
-
-@functools.cache
-def wsgi_service() -> Service:
-    log_to(logging.StreamHandler(sys.stderr))
-    return Service(load_configuration())
-
-
-def application(environ: Mapping[str, Any],
-                start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """The WSGI callable (PEP 3333). It reads its configuration at the first request."""
-    headers = {name.removeprefix("HTTP_").replace("_", "-").lower(): str(value)
-               for name, value in environ.items()
-               if name.startswith("HTTP_") or name in ("CONTENT_TYPE", "CONTENT_LENGTH") and value}
-    request = Request(environ.get("REMOTE_ADDR", ""), environ["REQUEST_METHOD"],
-                      environ.get("PATH_INFO") or "/", headers, wsgi_body(environ, headers))
-    try:
-        with wsgi_lock:
-            service = wsgi_service()
-        response = service.handle(request)
-    except CommandError as error:
-        log.error("%s server_error %s", request.id, "; ".join(error.args))
-        response = Response.of_refusal(request, Refusal("server_error", request_id=request.id))
-    status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
-    start_response(status, list(response.headers))
-    return [response.body]
 
 
 def command_secret(arguments: Arguments) -> int:
