@@ -1205,8 +1205,9 @@ ROUTES = {
 def describe(error: BaseException) -> str:
     """A fault in one line, without what a message could hold of a student: only the messages of the
     database and the system are known to hold nothing of that kind."""
-    where = " < ".join(f"{frame.name}:{frame.lineno}"
-                       for frame in reversed(traceback.extract_tb(error.__traceback__)))
+    # Not extract_tb, which imports a module and reads files: there may be no descriptors left.
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    where = " < ".join(f"{frame.f_code.co_name}:{line}" for frame, line in reversed(frames))
     words = f": {error}" if isinstance(error, (sqlite3.Error, OSError)) else ""
     return f"{type(error).__name__}{words} ({where})"
 
