@@ -55,8 +55,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-if sys.version_info < (3, 9):       # noqa: UP036  3.7 and 3.8 can read this file, and come to here
-    print("sis_sync: needs Python 3.9 or newer; this is", sys.version.split()[0], file=sys.stderr)
+# Python 3.7 and 3.8 can read this file, and come to here.
+if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 24):
+    print("sis_sync: needs Python 3.9 or newer and SQLite 3.24 or newer; this is",
+          sys.version.split()[0], "with", sqlite3.sqlite_version, file=sys.stderr)
     sys.exit(2)
 
 __version__ = "2.0.0"
@@ -166,7 +168,6 @@ def reader(allowed: str, convert: Reader = str, pattern: str = "(?s).*",
                 return convert(text)
         found = repr(text[:60]) if shown else "something else"
         raise argparse.ArgumentTypeError(f"found {found}; must be {allowed}")
-
     return read
 
 
@@ -244,6 +245,7 @@ class Refusal(Exception):
         self.error = next(row for row in ERRORS if row.code == code and status in (0, row.status))
         self.detail = detail or self.error.meaning
         self.headers, self.carries = headers, carries
+        super().__init__(self.detail)
 
 
 class RowError(NamedTuple):
@@ -473,7 +475,7 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return None
 
 
-def client_of(peer: str, forwarded_for: str = "", trusted: Iterable[Any] = ()) -> str:
+def client_of(peer: str, forwarded_for: str = "", trusted: Sequence[Any] = ()) -> str:
     """Who sent the request: the peer, or whom a trusted proxy names. X-Forwarded-For is read from
     the right: what a trusted proxy did not write is a mere claim."""
     address = parse_address(peer)
@@ -956,9 +958,8 @@ class Roster:
             "the write-ahead log can't be emptied: a reader holds it, or the disk is full or fails"
 
     def close(self) -> None:
-        """Empty the log into the database file, and close. By itself SQLite does so only for the
-        last of several, and if the file is where it was; if it is not, ours may be the only hold of
-        it, which is kept as long as a reader or a fault of the disk is in the way."""
+        """Empty the log into the database, and close. SQLite would not do so if the file has moved.
+        Ours may then be the only hold of it: kept, while a reader or a fault is in the way."""
         with contextlib.suppress(sqlite3.Error):
             if self._connection:
                 self._connection.rollback()
@@ -1371,13 +1372,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Lines up to the empty one, by lower-case name; values of one name joined by a comma."""
         fields: dict[str, str] = {}
         room, lines = MAX_HEAD, MAX_HEADERS
-        while (line := self.line(room)) != "\r\n":
+        line = self.line(room)
+        while line != "\r\n":
             room, lines = room - len(line), lines - 1
             if room < 0 or lines < 0:
                 raise too_many
             match = required(FIELD_LINE.fullmatch(line), "a header must be NAME: VALUE and CRLF")
             name, value = match[1].lower(), match[2].strip(" \t")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
+            line = self.line(room)
         return fields
 
     def body(self, headers: Mapping[str, str], modern: bool) -> Iterator[bytes]:
@@ -1393,14 +1396,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def chunks(self) -> Iterator[bytes]:
         """The data of a chunked body (RFC 9112 section 7.1), without extensions and trailers."""
-        credit = MAX_SMALL_CHUNKS * MEAN_PIECE
+        total, credit = 0, MAX_SMALL_CHUNKS * MEAN_PIECE
         while True:
             line = CHUNK_LINE.fullmatch(self.line(MAX_CHUNK_LINE))
             size = int(required(line, "a chunk must begin with its size in hexadecimal")[1], 16)
             if not size:
                 break
-            check_length(size, self.stream.settings)        # before all that is promised has come
-            credit += size - MEAN_PIECE
+            total, credit = total + size, credit + size - MEAN_PIECE
+            check_length(total, self.stream.settings)       # before all that is promised has come
             required(credit >= 0, "the body comes in too many small chunks")
             yield from exactly(size, self.rfile.read1)
             required(self.rfile.read(2) == b"\r\n", "a chunk is longer than it says")
@@ -1880,7 +1883,7 @@ def read_roster(path: str, mapping: Mapping[str, str],
         if re.match(pattern, data, re.DOTALL):
             raise CommandError(f"{path}: is {kind}; save it as \"CSV UTF-8\"")
     if not re.match(rb"[\xef\xbb\xbf\s]*[\[{]", data):
-        return "line", *read_csv(path, data, mapping, encoding)
+        return read_csv(path, data, mapping, encoding)
     try:                                            # an array of students, or a request body
         document = parse_json(bytearray(data))
     except Refusal as refusal:
@@ -1892,7 +1895,7 @@ def read_roster(path: str, mapping: Mapping[str, str],
 
 
 def read_csv(path: str, data: bytes, mapping: Mapping[str, str],
-             encoding: str) -> tuple[list[Row], list[tuple[int, str]]]:
+             encoding: str) -> tuple[str, list[Row], list[tuple[int, str]]]:
     """Of a CSV, or a OneRoster users.csv: students only. Raises CommandError."""
     header, records = read_table(path, data, encoding)
     names = set(map(folded, header))
@@ -1914,7 +1917,7 @@ def read_csv(path: str, data: bytes, mapping: Mapping[str, str],
         else:
             rows.append((line, student))
     say(*(f"left out: {number:,} rows that are {reason}" for reason, number in left_out.items()))
-    return rows, faults
+    return "line", rows, faults
 
 
 def read_table(path: str, data: bytes, encoding: str,
@@ -2047,7 +2050,7 @@ def say(*lines: str) -> None:
 def configuration_for(arguments: Arguments) -> Configuration:
     given = vars(arguments)
     return load_configuration(given["config"], overrides={
-        key: given[key] for key in ("host", "port") if given.get(key) is not None})
+        key: given[key] for key in ("host", "port") if key in given})
 
 
 def command_serve(arguments: Arguments) -> int:
@@ -2110,14 +2113,12 @@ def command_secret(arguments: Arguments) -> int:
 
 def command_check(arguments: Arguments) -> int:
     """Say all that is wrong with the configuration and the database, as a start would."""
-    log.handlers[:] = [logging.StreamHandler(sys.stdout)]       # for warnings
-    log.handlers[0].setLevel(logging.WARNING)
+    log.handlers.clear()                # then warnings, and no more, go to stderr
     try:
         configuration = configuration_for(arguments)
+        faults = check_database(configuration.settings["database"])
     except CommandError as error:
-        print(*error.args, sep="\n")
-        return 1
-    faults = check_database(configuration.settings["database"])
+        faults = [*error.args]
     print(*faults or [f"{configuration.source or 'defaults'}: good"], sep="\n")
     return bool(faults)
 
@@ -2140,15 +2141,14 @@ def check_database(path: str) -> list[str]:
 @contextlib.contextmanager
 def reading(path: str, migrated: bool = False) -> Iterator[sqlite3.Connection]:
     """A database, read-only, whether a server runs on it or not. Raises CommandError."""
-    if not os.path.exists(path):
-        raise CommandError(f"{path}: there is no database yet; the server makes it at its start")
     try:
         with contextlib.closing(open_database(path, read_only=True)) as connection:
             if schema_version(connection) < max(MIGRATIONS) and migrated:
                 raise CommandError(f"{path}: is of an older version: start the server once")
             yield connection
     except sqlite3.Error as error:
-        raise CommandError(f"{path}: {error}") from error
+        words = error if os.path.exists(path) else "there is no database yet; a start makes it"
+        raise CommandError(f"{path}: {words}") from error
 
 
 def command_push(arguments: Arguments) -> int:
@@ -2169,7 +2169,7 @@ def command_push(arguments: Arguments) -> int:
     try:
         push.run(arguments.batch)
     except (CommandError, Refusal, RecursionError) as error:
-        say(f"sis_sync: {getattr(error, 'detail', error)}")
+        say(f"sis_sync: {error}")
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -2186,8 +2186,7 @@ def report(push: Push, unit: str, dry_run: bool) -> None:
     if push.ignored:
         told.append(f"  ignored, as they are no fields: {', '.join(sorted(push.ignored))}")
     told += [f"  {unit} {number}: {fault}" for number, fault in sorted(push.rejected)]
-    told.append("To push the whole file again is safe, however often.")
-    print(*map(printable, told), sep="\n")
+    print(*map(printable, told), "To push the whole file again is safe, however often.", sep="\n")
 
 
 def command_export(arguments: Arguments) -> int:
@@ -2312,15 +2311,17 @@ def demo_steps(url: str, secret: str) -> None:
 
 
 DATE = reader("a date, YYYY-MM-DD", str, "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")
+HOURS = reader("a number of hours", float, r"[0-9]{1,6}(\.[0-9]{1,6})?")
 MAPPING = reader("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
                  lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
 FLAG = {"action": "store_true"}
+NO_DEFAULT = {"default": argparse.SUPPRESS}     # so that it may stand before `serve`, or without it
 Option = tuple[str, str, dict[str, Any]]    # its name, help, and argparse's keywords
 
 COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
     "serve": (command_serve, (
-        ("--host", "instead of the configured one", {"type": ADDRESS}),
-        ("--port", "likewise; 0: any free port", {"type": whole_number(0, 65535)}))),
+        ("--host", "instead of the configured one", {"type": ADDRESS, **NO_DEFAULT}),
+        ("--port", "likewise; 0: any free port", {"type": whole_number(0, 65535), **NO_DEFAULT}))),
     "demo": (command_demo, (("--once", "end when all is shown", FLAG),)),
     "secret": (command_secret, (("--hash", "make the line of a secret on standard input", FLAG),)),
     "check": (command_check, ()),
@@ -2343,7 +2344,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
     "history": (command_history, (
         ("--errors", "with the rejected rows of each", FLAG),
         ("--json", "as JSON", FLAG),
-        ("--stale", "exit 1, naming those who sent nothing for so many hours", {"type": float}))),
+        ("--stale", "exit 1, naming those who sent nothing for so many hours", {"type": HOURS}))),
     "backup": (command_backup, (("file", "the copy; it must not exist", {}),)),
 }
 
@@ -2358,8 +2359,9 @@ def argument_parser() -> argparse.ArgumentParser:
     for name, (function, options) in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(command=function)
-        for option, words, keywords in options:
-            command.add_argument(option, help=words, **keywords)
+        for takes in (command, parser) if name == "serve" else (command,):
+            for option, words, keywords in options:
+                takes.add_argument(option, help=words, **keywords)
     return parser
 
 
