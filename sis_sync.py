@@ -399,7 +399,8 @@ class Reading:
 
     def tls(self, certificate: str, key: str) -> ssl.SSLContext | None:
         if not certificate:
-            self.faults += ["[server] tls_key: stands without tls_certificate"] * bool(key)
+            if key:
+                self.faults.append("[server] tls_key: stands without tls_certificate")
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -1093,11 +1094,6 @@ class Service:
         log_request(request, response)
         return response
 
-    def close(self, seconds: float = BUSY_TIMEOUT) -> None:
-        """Give the database up, unless a batch outlasts the time it had to finish."""
-        if self.turn.acquire(timeout=max(0.0, seconds)):
-            self.roster.close()
-
     def route(self, request: Request) -> Document:
         """What a 200 says. Raises Refusal, in the order of the contract: HTTP, path, method."""
         # One configuration from here to the end, whatever SIGHUP does meanwhile.
@@ -1106,8 +1102,8 @@ class Service:
                                    configuration.settings["trusted_proxies"])
         check_framing(request.headers)
         if request.method not in METHODS:
-            raise Refusal("not_implemented", "the method is unknown"
-                          + ": methods are in capitals" * (request.method.upper() in METHODS))
+            known = request.method.upper() in METHODS
+            raise Refusal("not_implemented", "methods are in capitals" if known else "")
         if request.path not in ROUTES:
             raise Refusal("not_found", f"there is nothing at this path; a push goes to {SYNC_PATH}")
         method, answer, _ = ROUTES[request.path]
@@ -1213,8 +1209,9 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}{words} ({where})"
 
 
-def log_to(handler: logging.Handler) -> None:
+def log_to_stderr() -> None:
     """Each line begins with the time, in UTC, as ISO 8601 has it."""
+    handler = logging.StreamHandler(sys.stderr)
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
@@ -1489,7 +1486,8 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
         name = f"[{host}]" if ":" in host else host
-        self.url = f"http{'s' * bool(service.configuration.tls)}://{name}:{self.server_address[1]}"
+        scheme = "https" if service.configuration.tls else "http"
+        self.url = f"{scheme}://{name}:{self.server_address[1]}"
         self.accepting = threading.Thread(target=self.serve_forever, daemon=True)
         self.accepting.start()
 
@@ -1540,7 +1538,8 @@ class Server(http.server.ThreadingHTTPServer):
                         # Not SSLSocket's, which pulls TLS away under the thread that reads.
                         socket.socket.shutdown(stream.connection, socket.SHUT_RD)
             self.changed.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
-        self.service.close(0)
+        if self.service.turn.acquire(blocking=False):       # else a batch outlasts its time
+            self.service.roster.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1566,7 +1565,7 @@ def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterato
 
 @functools.cache
 def wsgi_service() -> Service:
-    log_to(logging.StreamHandler(sys.stderr))
+    log_to_stderr()
     return Service(load_configuration())
 
 
@@ -1874,11 +1873,8 @@ def read_roster(path: str, mapping: Mapping[str, str],
                 encoding: str = "") -> tuple[str, list[Row], list[tuple[int, str]]]:
     """A file, or standard input for "-": what the numbers of its rows count, the rows, and others
     that are no students, with what is wrong. mapping: field to header, from --map. Raises
-    CommandError for a file that can't be understood."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror or error}") from error
+    OSError, or CommandError for a file that can't be understood."""
+    data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
     for pattern, kind in NO_CSV.items():
         if re.match(pattern, data, re.DOTALL):
             raise CommandError(f"{path}: is {kind}; save it as \"CSV UTF-8\"")
@@ -2055,7 +2051,7 @@ def configuration_for(arguments: Arguments) -> Configuration:
 
 def command_serve(arguments: Arguments) -> int:
     """Run the server until SIGTERM or Ctrl-C."""
-    log_to(logging.StreamHandler(sys.stderr))
+    log_to_stderr()
     service = Service(configuration_for(arguments))
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
@@ -2203,24 +2199,22 @@ def command_export(arguments: Arguments) -> int:
             f"AND seen < ? ORDER BY {KEY.name}", (*meant[0], arguments.not_seen_since or "9999"))
         with new_file(arguments.output) if arguments.output else \
                 contextlib.nullcontext(sys.stdout) as file:
-            file.write("\ufeff" * arguments.excel)
+            if arguments.excel:
+                file.write("\ufeff")           # without it, Excel takes UTF-8 for something else
             writer = csv.writer(file)
             writer.writerow(NAMES)
             for row in rows:
                 cells = [{None: "", 0: "false", 1: "true"}.get(value, value) for value in row]
                 if arguments.excel:     # it runs as a formula what begins so (CWE-1236)
-                    cells = ["'" * cell.startswith(("=", "+", "-", "@")) + cell for cell in cells]
+                    cells = [f"'{cell}" if cell[:1] in tuple("=+-@") else cell for cell in cells]
                 writer.writerow(cells)
     return 0
 
 
 def new_file(path: str) -> TextIO:
-    """A new file, for its owner alone; line ends are left to csv. Raises CommandError."""
-    try:
-        return open(path, "x", encoding="utf-8", newline="",
-                    opener=functools.partial(os.open, mode=0o600))
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}") from None
+    """A new file, for its owner alone; line ends are left to csv. Raises OSError."""
+    return open(path, "x", encoding="utf-8", newline="",
+                opener=functools.partial(os.open, mode=0o600))
 
 
 def command_history(arguments: Arguments) -> int:
@@ -2388,7 +2382,8 @@ def main(words: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):      # a stdout may be none of the system's
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            say(f"sis_sync: {error}")
+            say(f"sis_sync: {error.filename}: {error.strerror}" if error.filename else
+                f"sis_sync: {error}")
     return 2
 
 

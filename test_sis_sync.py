@@ -1384,9 +1384,9 @@ class TestWords(Described):
         service.roster.close()
 
     def test_a_method_in_small_letters(self, server: Process) -> None:
-        for method, words in (("post", "the method is unknown: methods are in capitals"),
-                              ("Get", "the method is unknown: methods are in capitals"),
-                              ("BREW", "the method is unknown")):
+        for method, words in (("post", "methods are in capitals"),
+                              ("Get", "methods are in capitals"),
+                              ("BREW", "the method or the transfer coding is unknown")):
             answer = server.exchange(head_of(method, SYNC))
             assert (answer.status, answer.document["detail"]) == (501, words)
 
