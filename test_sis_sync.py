@@ -5642,7 +5642,8 @@ class Bench:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    database = pathlib.Path(sis_sync.load_configuration().settings["database"])
+    configuration = sis_sync.load_configuration(environment={**os.environ, "SIS_SYNC_SECRET": SECRET})
+    database = pathlib.Path(configuration.settings["database"])
     with tempfile.TemporaryDirectory(prefix="sis_sync-bench-", dir=database.parent) as folder, \
             contextlib.closing(Bench(pathlib.Path(folder), arguments.stored)) as rounds:
         for number in range(arguments.rounds + 2):      # two to warm up, as a page lives for three rounds
