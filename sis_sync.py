@@ -12,6 +12,7 @@ every row and keeps the good ones, so that the same push can be repeated for eve
     {"received": 1, "imported": 1, "details": {"imported": 1, "updated": 0, "unchanged": 0}, ...}
 
 Limits, each a setting: 5,000 students and 8 MiB a request, 20 requests a minute, 256 connections.
+The server comes first, in the order of its work; its tools begin at the banner "The pushing side".
 """
 
 from __future__ import annotations  # sis_sync needs Python 3.9 or newer
@@ -331,7 +332,7 @@ def read_ini(file: pathlib.Path) -> dict[str, dict[str, str]]:
         # Notepad writes a BOM, and the locale's encoding is not UTF-8 everywhere.
         parser.read_string(file.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{file}: cannot be read: {error}") from None
+        raise CommandError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
     except configparser.Error as error:
         lines = [line for line, _ in getattr(error, "errors", ())] or [getattr(error, "lineno", 0)]
         raise CommandError(*(f"{file}: line {line}: {INI_FAULTS.get(type(error), 'cannot be read')}"
@@ -388,7 +389,7 @@ class Reading:
                                     source, SHORT_SECRET)
                     digest = hashlib.sha256(secret).digest()
                 if self.owners.setdefault(digest, owner) != owner:
-                    raise CommandError(f"{source}: it is that of {self.owners[digest]}")
+                    raise CommandError(f"one of them is also that of {self.owners[digest]}")
                 digests.append(digest)
             except OSError as error:
                 log.warning("warning: [%s] secrets: not set: %s", owner, error)
@@ -585,12 +586,14 @@ def exactly(size: int, read: Callable[[int], bytes]) -> Iterator[bytes]:
         yield piece
 
 
-def unzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def unzipped(pieces: Iterable[bytes], limits: Mapping[str, Any]) -> Iterator[bytes]:
     """What one gzip member holds, never more than PIECE at a time. (The gzip module scans a long
     header byte by byte, and takes any number of empty members: seconds of work in one request.)"""
-    unzip, piece = zlib.decompressobj(wbits=31), b""
+    unzip, size, piece = zlib.decompressobj(wbits=31), 0, b""
     with contextlib.suppress(zlib.error):
         for piece in pieces:
+            size += len(piece)
+            check_length(size, limits)      # a header, or empty blocks, may go on for ever
             while piece and not unzip.eof:
                 yield unzip.decompress(piece, PIECE)
                 piece = unzip.unconsumed_tail or unzip.unused_data
@@ -601,9 +604,9 @@ def unzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_body(request: Request, limits: Mapping[str, Any]) -> bytearray:
-    """The whole body, decompressed; the cap counts what it becomes, as a bomb is small before."""
+    """The whole body, decompressed; the cap counts what it becomes, too: a bomb is small before."""
     body = bytearray()          # one buffer: 8 MiB in a list of small pieces would take 600 MB
-    for piece in request.body if request.coding == "identity" else unzipped(request.body):
+    for piece in request.body if request.coding == "identity" else unzipped(request.body, limits):
         body += piece
         check_length(len(body), limits)
     return body
@@ -943,7 +946,7 @@ class Roster:
             with self.transaction():
                 pass
         except (Refusal, OSError, sqlite3.Error) as error:
-            raise CommandError(f"{self.path}: {error}") from error
+            raise CommandError(f"{self.path}: {getattr(error, 'strerror', 0) or error}") from error
 
     def files(self) -> list[os.stat_result]:
         return [os.stat(path) for path in (self.path, f"{self.path}-wal")]
@@ -964,7 +967,9 @@ class Roster:
         with contextlib.suppress(sqlite3.Error):
             if self._connection:
                 self._connection.rollback()
+                self._connection.execute("PRAGMA busy_timeout = 0")     # for no reader's end
                 held, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
                 if not held:
                     self._connection.close()
                     self._connection = None
@@ -995,9 +1000,8 @@ class Roster:
             raise
 
     def sync(self, request: Request, batch: Batch) -> Counts:
-        """Store a batch and its line in the history. Raises what `transaction` raises. Nothing is
-        ever deleted, and the lock is ours: so the new entries are those by which the last entry_id
-        has grown, and all others were known."""
+        """Store a batch and its line in the history. Nothing is ever deleted, and the lock is ours:
+        so the new entries are those by which the last entry_id grows. All others were known."""
         with self.transaction() as connection:
             now = int(time.time())      # not before the lock is ours: times follow the order
             key = (request.institution, batch.cohort_id)
@@ -1393,14 +1397,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def chunks(self) -> Iterator[bytes]:
         """The data of a chunked body (RFC 9112 section 7.1), without extensions and trailers."""
-        total, credit = 0, MAX_SMALL_CHUNKS * MEAN_PIECE
+        credit = MAX_SMALL_CHUNKS * MEAN_PIECE
         while True:
             line = CHUNK_LINE.fullmatch(self.line(MAX_CHUNK_LINE))
             size = int(required(line, "a chunk must begin with its size in hexadecimal")[1], 16)
             if not size:
                 break
-            total, credit = total + size, credit + size - MEAN_PIECE
-            check_length(total, self.stream.settings)       # before all that is promised has come
+            check_length(size, self.stream.settings)        # before all that is promised has come
+            credit += size - MEAN_PIECE
             required(credit >= 0, "the body comes in too many small chunks")
             yield from exactly(size, self.rfile.read1)
             required(self.rfile.read(2) == b"\r\n", "a chunk is longer than it says")
@@ -1582,8 +1586,8 @@ def application(environ: Mapping[str, Any],
             service = wsgi_service()
         response = service.handle(request)
     except CommandError as error:
-        log.error("%s server_error %s", request.id, "; ".join(error.args))
         response = Response.of_refusal(request, Refusal("server_error", request_id=request.id))
+        log_request(request, response._replace(error="; ".join(error.args)))
     status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
     start_response(status, list(response.headers))
     return [response.body]
@@ -1592,8 +1596,6 @@ def application(environ: Mapping[str, Any],
 # ---------------------------------------------------------------------------------------------
 # The pushing side
 # ---------------------------------------------------------------------------------------------
-
-# All above is the server, all below its tools: it is told what to do by a Configuration.
 
 ATTEMPTS = 5                        # further ones after a fault of the connection or the server
 MAX_REQUESTS = 100                  # for one page, however often a server asks to wait
@@ -1717,8 +1719,7 @@ class Client:
         try:
             with contextlib.closing(self.connect()) as connection:
                 connection.connect()
-                # A server that refuses a request early closes while it is being sent; its answer
-                # is there to be read all the same.
+                # Who refuses it early closes while it is being sent: the answer is there to read.
                 with contextlib.suppress(ConnectionError, ssl.SSLEOFError):
                     connection.request("POST", self.path, body, self.headers)
                 response = connection.getresponse()
@@ -2029,6 +2030,7 @@ def why_left_out(record: Mapping[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 Arguments = argparse.Namespace
+HANGUP = getattr(signal, "SIGHUP", None)    # Windows has none
 
 
 def printable(text: str) -> str:
@@ -2053,12 +2055,7 @@ def command_serve(arguments: Arguments) -> int:
     """Run the server until SIGTERM or Ctrl-C."""
     log_to_stderr()
     service = Service(configuration_for(arguments))
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):           # Windows has no SIGHUP
-            # Nothing more is done where a signal strikes: that may be in the middle of anything.
-            signal.signal(getattr(signal, name), lambda number, frame: signals.put(number))
-    on_terminal, server = os.isatty(0), Server(service)
+    on_terminal, signals, server = os.isatty(0), incoming_signals(), Server(service)
     log.info("sis_sync %s listens on %s%s", __version__, server.url, SYNC_PATH)
     log.info("configuration: %s", service.configuration.source or "defaults, as there is no file")
     log.info("database: %s", service.roster.path)
@@ -2066,18 +2063,31 @@ def command_serve(arguments: Arguments) -> int:
         with contextlib.suppress(queue.Empty):
             number = signals.get(timeout=1)     # without, Ctrl-C would not end it on Windows
             # A terminal that closes sends SIGHUP, too, and is no terminal any more.
-            if number != getattr(signal, "SIGHUP", None) or on_terminal and not os.isatty(0):
+            if number != HANGUP or on_terminal and not os.isatty(0):
                 break
             reload(service, arguments)
     else:
         log.critical("nothing is accepted any more: the end")
         return 1
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, signal.SIG_DFL)
     log.info("stopping; a second signal stops at once")
     server.leave()
     log.info("stopped")
     return 0
+
+
+def incoming_signals() -> queue.SimpleQueue[int]:
+    """As they come. Nothing more is done where one strikes: that may be in the middle of anything.
+    But the second one to stop has its usual effect: the end."""
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def receive(number: int, frame: object) -> None:
+        for stop in (signal.SIGTERM, signal.SIGINT) if number != HANGUP else ():
+            signal.signal(stop, signal.SIG_DFL)
+        signals.put(number)
+
+    for number in filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)):
+        signal.signal(number, receive)
+    return signals
 
 
 def reload(service: Service, arguments: Arguments) -> None:

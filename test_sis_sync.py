@@ -573,6 +573,12 @@ class TestWSGI:
                              **{"wsgi.input_terminated": terminated})
             assert status == expected
 
+    def test_a_chunked_body_that_the_host_does_not_hand_on_is_told_so(self, application: Any) -> None:
+        status, document = wsgi(application, "POST", SYNC, b"", CONTENT_LENGTH="", HTTP_TRANSFER_ENCODING="chunked",
+                                HTTP_AUTHORIZATION=f"Bearer {SECRET}")
+        assert (status, document["detail"]) == (
+            "400 Bad Request", "this host does not hand chunked bodies on: send a Content-Length")
+
     def test_a_body_shorter_than_its_length_is_refused(self, application: Any) -> None:
         body = json.dumps(batch(student())).encode()
         status, document = wsgi(application, "POST", SYNC, body, CONTENT_LENGTH=str(len(body) + 1),
@@ -586,7 +592,8 @@ class TestWSGI:
         sis_sync.wsgi_service.cache_clear()
         status, document = wsgi(validator(sis_sync.application), "GET", "/healthz")
         assert (status, document["error"]) == ("500 Internal Server Error", "server_error")
-        assert "did you mean port?" in capfd.readouterr().err
+        *_, line = capfd.readouterr().err.splitlines()      # behind a warning: no secret is set
+        assert "GET /healthz 500" in line and line.endswith("did you mean port?")
         assert wsgi(validator(sis_sync.application), "HEAD", "/healthz") == ("500 Internal Server Error", None)
 
     def test_what_it_logs_is_escaped_whatever_the_server_lets_through(self, application: Any, capfd: Any) -> None:
@@ -1258,6 +1265,14 @@ class TestErrors(Described):
             assert (answer.code, answer.headers["accept-encoding"]) == ("unsupported_media_type", "gzip, identity")
             assert answer.document["detail"].endswith("; Content-Encoding gzip or identity")
 
+    def test_gzip_that_comes_to_nothing_has_the_cap_of_its_bytes(self, server: Process) -> None:
+        """A header whose file name does not end, or empty blocks: chunked, they could go on for ever."""
+        for data in (b"\x1f\x8b\x08\x08" + b"\0" * 6 + b"n" * (9 << 20),
+                     b"\x1f\x8b\x08\x00" + b"\0" * 6 + b"\0\0\0\xff\xff" * (2 << 20)):
+            answer = server.exchange(head_of(Transfer_Encoding="chunked", Content_Encoding="gzip")
+                                     + chunked(data, 65536))
+            assert (answer.status, answer.document["max_bytes"]) == (413, 8388608)
+
     def test_a_gzip_bomb_is_too_large_and_a_torn_one_malformed(self, server: Process) -> None:
         bomb = gzip.compress(b" " * (64 << 20))
         assert len(bomb) < 100_000
@@ -1428,6 +1443,7 @@ GZIP_COSTS = [
     ("zeros behind it", lambda: gzip.compress(EMPTY) + b"\0" * (1 << 20), 400),
     ("a zero behind it", lambda: gzip.compress(EMPTY) + b"\0", 400),
     ("anything behind it", lambda: gzip.compress(EMPTY) + b"x" * (1 << 20), 400),
+    ("much behind much", lambda: gzip.compress(EMPTY + b" " * 200_000) + b"x" * 70_000, 400),
     ("50,000 empty members", lambda: gzip.compress(b"") * 50_000, 400),
     ("50,000 empty members behind it", lambda: gzip.compress(EMPTY) + gzip.compress(b"") * 50_000, 400),
     ("two members", lambda: gzip.compress(EMPTY[:9]) + gzip.compress(EMPTY[9:]), 400),
@@ -2164,8 +2180,8 @@ class TestConfiguration:
         assert faults_of(tmp_path, "[institution a]\n[institution b]\n"
                          f"secrets = sha256:{digest}\n[institution c]\n"
                          f"secrets = sha256:{hashlib.sha256().hexdigest()}\n") == [
-            f"[institution b] secrets: sha256:{digest}: it is that of institution a",
-            f"[institution c] secrets: sha256:{hashlib.sha256().hexdigest()}: it is that of no secret at all"]
+            "[institution b] secrets: one of them is also that of institution a",
+            "[institution c] secrets: one of them is also that of no secret at all"]
 
     def test_an_address_open_to_others_without_tls_is_a_warning(self, tmp_path: pathlib.Path) -> None:
         for host, warned in (("127.0.0.1", False), ("::1", False), ("0.0.0.0", True), ("192.0.2.1", True)):
@@ -3037,6 +3053,31 @@ class TestLeaving:
             process.wait_for("stopping")
             process.process.send_signal(signal.SIGTERM)
             assert process.process.wait(20) == -signal.SIGTERM
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFO here")
+    def test_a_second_signal_ends_it_also_while_it_reads_the_configuration(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process:
+            os.mkfifo(tmp_path / "fifo")
+            process.ini.write_text(ini_of() + f"[institution slow]\nsecrets = file:{tmp_path / 'fifo'}\n")
+            process.process.send_signal(signal.SIGHUP)
+            with open(tmp_path / "fifo", "wb"):         # it has opened the other end, and reads
+                process.process.send_signal(signal.SIGTERM)
+                deadline = time.monotonic() + 20
+                while process.process.poll() is None and time.monotonic() < deadline:
+                    process.process.send_signal(signal.SIGTERM)
+                assert process.process.wait(1) == -signal.SIGTERM
+
+    def test_a_reader_does_not_hold_up_the_stop_and_loses_nothing(self, tmp_path: pathlib.Path) -> None:
+        with running(tmp_path, ini_of()) as process:
+            assert process.push(student(1)).status == 200
+            with contextlib.closing(sqlite3.connect(process.database, isolation_level=None)) as reader:
+                reader.execute("BEGIN")
+                assert reader.execute("SELECT count(*) FROM entries").fetchone() == (1,)
+                assert process.push(student(2)).status == 200
+                process.process.send_signal(signal.SIGTERM)
+                assert process.process.wait(20) == 0
+            with contextlib.closing(sqlite3.connect(process.database)) as connection:
+                assert connection.execute("SELECT count(*) FROM entries").fetchone() == (2,)
 
     def test_a_port_that_is_taken_is_one_clear_line(self, tmp_path: pathlib.Path, server: Process) -> None:
         (tmp_path / "taken.ini").write_text(f"[server]\nport = {server.port}\n")
@@ -4302,6 +4343,11 @@ class TestPatience:
         assert len(waits) == 5 and self.growing(waits)
         with pytest.raises(sis_sync.CommandError, match="stopped: the server answered 500"):
             self.push(*[b"HTTP/1.1 500 Oops\r\n\r\n{}"] * 6)
+
+    def test_a_server_that_asks_to_wait_again_and_again_is_given_up(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sis_sync, "MAX_REQUESTS", 4)
+        with pytest.raises(sis_sync.CommandError, match="stopped: the server answered 503"):
+            self.push(*[b"HTTP/1.1 503 No\r\nRetry-After: 1\r\n\r\n{}"] * 4)
 
     @pytest.mark.parametrize("code", ["not_implemented", "http_version_not_supported", "not_configured"])
     def test_an_answer_of_5xx_that_stays_the_same_is_not_asked_for_again(self, code: str) -> None:
