@@ -56,8 +56,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-# Python 3.7 and 3.8 can read this file, and come to here.
-if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 24):
+if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 24):  # 3.7 comes to here
     print("sis_sync: needs Python 3.9 or newer and SQLite 3.24 or newer; this is",
           sys.version.split()[0], "with", sqlite3.sqlite_version, file=sys.stderr)
     sys.exit(2)
@@ -67,7 +66,6 @@ log = logging.getLogger("sis_sync")
 log.setLevel(logging.INFO)
 Headers = tuple[tuple[str, str], ...]
 Document = Mapping[str, object]
-Reader = Callable[[str], Any]       # of the text of a setting or an option
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ class Error(NamedTuple):
     headers: tuple[str, ...] = ()   # what it has besides those of every answer
 
 
-ERRORS = (
+ERRORS = (                          # in order of status, as the OpenAPI document groups them
     Error(400, "malformed_request", "", "the request is not HTTP as RFC 9112 has it"),
     Error(400, "malformed_json", "sync", "the body is not JSON in UTF-8"),
     Error(400, "missing_field", "sync", "cohort_id or students is absent or blank", ("field",)),
@@ -160,8 +158,8 @@ ERRORS = (
 )
 
 
-def reader(allowed: str, convert: Reader = str, pattern: str = "(?s).*",
-           shown: bool = True) -> Reader:
+def reader(allowed: str, convert: Callable[[str], Any] = str, pattern: str = "(?s).*",
+           shown: bool = True) -> Callable[[str], Any]:
     """A function that reads such a text, or raises argparse.ArgumentTypeError and says why."""
     def read(text: str) -> Any:
         with contextlib.suppress(ValueError):       # of convert
@@ -172,9 +170,9 @@ def reader(allowed: str, convert: Reader = str, pattern: str = "(?s).*",
     return read
 
 
-def whole_number(low: int, high: int) -> Reader:
+def whole_number(low: int, high: int) -> Callable[[str], Any]:
     within = range(low, high + 1)
-    # index() refuses what is not within; int() alone would take '+5', '5_000' and Arabic digits.
+    # int() alone would take '+5', '5_000' and Arabic digits; index() refuses what is not within.
     return reader(f"a whole number from {low} to {high}",
                   lambda text: within[within.index(int(text))], "[0-9]{1,12}")
 
@@ -185,9 +183,9 @@ FILE_OR_NONE = reader("the path of a file, or nothing", str, r"[^\x00-\x1f\x7f]*
 NETWORKS = reader("addresses, or networks without host bits set, such as 10.0.0.0/8, or nothing",
                   lambda text: tuple(map(ipaddress.ip_network, text.replace(",", " ").split())))
 # configparser takes an indented line, and so an indented key, for more of the value above it.
-NAMES_LIST = reader("values with commas or line ends between, or nothing for any",
-                    lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))),
-                    r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*")
+VALUES = reader("values with commas or line ends between, or nothing for any",
+                lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))),
+                r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*")
 SOURCE = r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\0]+|sha256:[0-9A-Fa-f]{64})"
 SECRETS = reader("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
                  "never the secret itself", str.split, rf"({SOURCE}(\s+{SOURCE})*)?", shown=False)
@@ -207,7 +205,7 @@ SETTINGS = (
     ("limits", "max_connections_per_client", "32", whole_number(1, 10_000)),
     ("limits", "request_timeout", "30", whole_number(1, 3600)),
     ("institution", "secrets", "env:SIS_SYNC_SECRET", SECRETS),
-    *(("institution", key, "", NAMES_LIST) for key in LISTS),
+    *(("institution", key, "", VALUES) for key in LISTS),
     ("institution", "bad_rows", "skip", reader("skip or reject", str, "skip|reject")),
 )
 
@@ -215,19 +213,18 @@ MAX_REQUEST_LINE = 8 * 1024         # bytes; RFC 9112 section 3 recommends at le
 MAX_HEAD = 16 * 1024                # bytes of headers, as Node has it
 MAX_HEADERS = 100                   # lines, as Apache has it
 MAX_CHUNK_LINE = 256                # bytes, extensions included
-MAX_SMALL_PIECES = 1000             # reads; of a request that takes more, each must bring on the
-MAX_SMALL_CHUNKS = 65_536           # average MEAN_PIECE bytes, and so must each chunk past these
-MEAN_PIECE = 16                     # bytes; a packet has 500 and more
+MAX_SMALL_PIECES = 1000             # reads of a request that may bring nearly nothing
+MAX_SMALL_CHUNKS = 65_536           # chunks of a body that may be as small
+MEAN_PIECE = 16                     # bytes, of all beyond these; a packet has 500 and more
 MAX_NUMBER = 1000                   # digits
 MAX_OBJECTS = 8                     # objects and arrays in a body, for each student it may have
 MAX_VALUES = 64                     # values in a body, likewise
 MAX_IGNORED = 20                    # unknown keys that an answer names
 MAX_SECRET = 1024                   # bytes; a stranger can't have us hash more
 MAX_BUCKETS = 100_000               # clients that the rate limiter remembers: about 15 MB
-BODIES_IN_FLIGHT = 6                # times max_body_bytes, all together: 128 MB then hold
+BODIES_IN_FLIGHT = 6                # times max_body_bytes, all together: so 128 MB are enough
 PIECE = 64 * 1024                   # bytes read at once, at most; never what a length promises
 BUSY_TIMEOUT = 5.0                  # seconds to wait for one's turn, and for the database's lock
-BUSY_RETRY_AFTER = 5                # seconds that a client is asked to wait for it
 MAX_REFUSED = 100                   # connections told busy that are still being listened to
 REFUSED_SECONDS = 2.0               # how long they are, so that the answer gets through
 SHUTDOWN_TIMEOUT = 10.0             # seconds that requests in flight have to finish
@@ -247,6 +244,13 @@ class Refusal(Exception):
         self.detail = detail or self.error.meaning
         self.headers, self.carries = headers, carries
         super().__init__(self.detail)
+
+
+def demand(found: Any, words: str) -> Any:
+    """What was found. If it is nothing, or false, raises Refusal malformed_request."""
+    if not found:
+        raise Refusal("malformed_request", words)
+    return found
 
 
 class RowError(NamedTuple):
@@ -295,7 +299,7 @@ INI_FAULTS = {configparser.MissingSectionHeaderError: "stands before the first [
 
 def load_configuration(path: str | None = None, environment: Mapping[str, str] = os.environ,
                        overrides: Mapping[str, Any] = {}) -> Configuration:
-    """Of the file, else SIS_SYNC_CONFIG, else sis_sync.ini beside the module, else the defaults.
+    """Read the file, else SIS_SYNC_CONFIG, else sis_sync.ini beside the module, else the defaults.
     overrides: settings of [server]. Raises CommandError with every fault that the file has."""
     named = path or environment.get("SIS_SYNC_CONFIG")
     file = pathlib.Path(named or DEFAULT_FILE).absolute()
@@ -374,7 +378,7 @@ class Reading:
         return values
 
     def institution(self, owner: str, values: Mapping[str, Any]) -> Institution:
-        """With the digests of its secrets. One that is not set is a warning, no fault."""
+        """Make an institution, with digests. A secret that is not set is a warning, no fault."""
         digests = []
         for source in values["secrets"]:
             scheme, _, place = source.partition(":")
@@ -478,10 +482,9 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 
 def client_of(peer: str, forwarded_for: str = "", trusted: Sequence[Any] = ()) -> str:
-    """Who sent the request: the peer, or whom a trusted proxy names. X-Forwarded-For is read from
-    the right: what a trusted proxy did not write is a mere claim."""
+    """Who sent the request: the peer, or the one for whom a trusted proxy says it was."""
     address = parse_address(peer)
-    for hop in reversed(forwarded_for.split(",")):
+    for hop in reversed(forwarded_for.split(",")):      # what others wrote is a mere claim
         # Some proxies write 192.0.2.1:5123, or [2001:db8::1]:5123.
         claimed = parse_address(re.sub(r"^\[([^]]*)\].*|^([^:]*):[^:]*$", r"\1\2", hop.strip()))
         if not (address and claimed and any(address in network for network in trusted)):
@@ -498,10 +501,10 @@ def client_key(client: str) -> str:
 
 
 class RateLimiter:
-    """A token bucket for each client: it holds `per_minute` tokens, and gains one every 60 /
-    per_minute seconds. One number tells it all: when it is full again. With n tokens gone that is n
-    such intervals from now; taking one adds an interval, and there is none to take when that makes
-    it more than a minute (ITU-T I.371, "generic cell rate algorithm"). Full, it needs no number."""
+    """A token bucket for each client: 20 tokens, say, and one more every 3 seconds. All of it is
+    one number, when it is full again: with 5 tokens gone, in 15 seconds. Taking one adds 3, and is
+    refused where that comes to more than a minute (ITU-T I.371, "generic cell rate algorithm").
+    A full bucket needs no number; and whoever is forgotten for want of room has a full one."""
 
     def __init__(self) -> None:
         self._full_at: dict[str, float] = {}    # in order of use: `take` puts a client at the end
@@ -547,14 +550,13 @@ class Request:
 def check_framing(headers: Mapping[str, str]) -> None:
     """Where a body ends must be beyond doubt, or its tail is taken for a request ("smuggling": RFC
     9112 section 6). Two lengths come as one, joined by a comma, and are none. Raises Refusal."""
-    if "content-length" in headers and "transfer-encoding" in headers:
-        raise Refusal("malformed_request", "both Content-Length and Transfer-Encoding")
+    demand("content-length" not in headers or "transfer-encoding" not in headers,
+           "both Content-Length and Transfer-Encoding")
     length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked")
     # The bound is below the one at which int() refuses by itself.
-    if not re.fullmatch("[0-9]{1,4000}", length):
-        raise Refusal("malformed_request", "Content-Length must be digits, once")
-    if coding.rpartition(",")[2].strip(" \t").lower() != "chunked":
-        raise Refusal("malformed_request", "the last transfer coding must be chunked")
+    demand(re.fullmatch("[0-9]{1,4000}", length), "Content-Length must be digits, once")
+    demand(coding.rpartition(",")[2].strip(" \t").lower() == "chunked",
+           "the last transfer coding must be chunked")
     if "," in coding:
         raise Refusal("not_implemented", "the only transfer coding known is chunked, once")
 
@@ -589,7 +591,7 @@ def exactly(size: int, read: Callable[[int], bytes]) -> Iterator[bytes]:
 def unzipped(pieces: Iterable[bytes], limits: Mapping[str, Any]) -> Iterator[bytes]:
     """What one gzip member holds, never more than PIECE at a time. (The gzip module scans a long
     header byte by byte, and takes any number of empty members: seconds of work in one request.)"""
-    unzip, size, piece = zlib.decompressobj(wbits=31), 0, b""
+    unzip, size, piece = zlib.decompressobj(wbits=31), 0, b""   # piece: in the end, what is left
     with contextlib.suppress(zlib.error):
         for piece in pieces:
             size += len(piece)
@@ -612,8 +614,8 @@ def read_body(request: Request, limits: Mapping[str, Any]) -> bytearray:
     return body
 
 
-def number(text: str) -> int:
-    """No field is a number, so that any stands for all. Raises ValueError for what is none."""
+def numeral(text: str) -> int:
+    """0 for every number, as no field is one. Raises ValueError for what is no number of JSON."""
     if text in ("NaN", "Infinity", "-Infinity"):
         raise ValueError(f"{text} is not JSON")
     if len(text) > MAX_NUMBER:
@@ -628,7 +630,7 @@ def parse_json(body: bytearray) -> object:
         # json.loads(bytes) takes UTF-16 and half surrogates, too. "sig" takes PowerShell's BOM off.
         text = body.decode("utf-8-sig")
         body.clear()                # text and tree are enough to have in memory
-        return json.loads(text, parse_int=number, parse_float=number, parse_constant=number)
+        return json.loads(text, parse_int=numeral, parse_float=numeral, parse_constant=numeral)
     except UnicodeDecodeError as error:
         reason = f"the body is not UTF-8 at byte {error.start}: send it as UTF-8"
     except RecursionError:
@@ -647,10 +649,10 @@ def parse_json(body: bytearray) -> object:
 def check_shape(body: bytearray, most: int) -> None:
     """Refuse what can't be a batch of so many students before it becomes a tree of objects, which
     may take 50 times the memory of its text. Raises Refusal batch_too_large, malformed_json."""
-    # Names hold such marks, too, and the commas of a small body can't become a large tree.
-    room = max(most, 5000) + 1
-    if (body.count(b"{") + body.count(b"[") > MAX_OBJECTS * room
-            or len(body) > 2 << 20 and body.count(b",") > MAX_VALUES * room):
+    # Names hold such marks, too, so that few students have room as 5,000 do, and the batch as one.
+    students = max(most, 5000) + 1
+    if (body.count(b"{") + body.count(b"[") > MAX_OBJECTS * students
+            or (len(body) > 2 << 20 and body.count(b",") > MAX_VALUES * students)):
         if re.match(rb"(?:[^\[\]{}]*[\[{]){200}", body):       # none of them closed
             raise Refusal("malformed_json", "the body is nested too deep")
         raise Refusal("batch_too_large", f"far more values than {most} students have", max=most)
@@ -658,11 +660,11 @@ def check_shape(body: bytearray, most: int) -> None:
 
 def check_value(field: Field, value: Any, listed: frozenset[str] | None,
                 beside: Mapping[str, object] = {}) -> Any:
-    """The value, stripped, or a RowError. listed: all that are allowed; beside: its neighbours."""
+    """The value, stripped; or, as a batch may have many, a RowError. beside: its neighbours."""
     if isinstance(value, str) and field.kind is str:
         value = value.strip(WHITE_SPACE) or None
-    if (value is None and not field.required
-            or isinstance(value, field.kind) and field.kind is not str):
+    if (value is None and not field.required) or (
+            field.kind is not str and isinstance(value, field.kind)):
         return value
     error = "invalid_field"
     if value is None:
@@ -702,8 +704,8 @@ def folded(name: str) -> str:
 
 
 def is_clean(field: Field, column: list[Any], listed: frozenset[str] | None) -> bool:
-    """Whether check_value would keep each value of a column as it is. Asked once of the distinct
-    values, joined by line ends: C does in 3 ms for 5,000 students what takes 16 ms one by one."""
+    """Whether check_value would keep each value as it is; no pattern admits white space around one.
+    The distinct ones are asked at once, joined by line ends: 3 ms for 5,000 students, not 16."""
     # The types first: lists and objects can't be in a set.
     fit = set(map(type, column)) <= {field.kind, field.kind if field.required else type(None)}
     if not fit or field.kind is bool:
@@ -721,9 +723,10 @@ def is_clean(field: Field, column: list[Any], listed: frozenset[str] | None) -> 
 def check_column(field: Field, rows: Sequence[dict[str, Any]], listed: frozenset[str] | None,
                  errors: dict[int, RowError]) -> list[Any]:
     """The values of one field as they are kept. What is wrong goes to errors, by row: the first."""
-    column = list(map(dict.get, rows, itertools.repeat(field.name)))     # a twentieth of the batch
+    column = list(map(dict.get, rows, itertools.repeat(field.name)))    # 5 % faster than row by row
     seen: set[object] = set()
-    for index, row in enumerate(() if is_clean(field, column, listed) else rows):
+    suspects = [] if is_clean(field, column, listed) else rows
+    for index, row in enumerate(suspects):
         value = column[index] = check_value(field, column[index], listed, row)
         if field is KEY and value in seen:
             value = RowError(0, field.name, "duplicate_student",
@@ -772,9 +775,10 @@ def check_batch(parsed: object, institution: Institution, most: int) -> Batch:
         raise Refusal("batch_too_large", f"{len(students)} students in one request; at most {most}",
                       max=most)
     keys = set().union(*(student for student in students if isinstance(student, dict)))
-    unknown = (keys - set(NAMES)) | (set(parsed) - {COHORT.name, STUDENTS.name})
-    return Batch(cohort_id, len(students), *check_rows(students, institution),
-                 sorted({key[:64] for key in unknown})[:MAX_IGNORED])
+    ignored = (keys - set(NAMES)) | (set(parsed) - {COHORT.name, STUDENTS.name})
+    records, errors = check_rows(students, institution)
+    return Batch(cohort_id, len(students), records, errors,
+                 sorted({key[:64] for key in ignored})[:MAX_IGNORED])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -792,12 +796,12 @@ class Counts(NamedTuple):
 
 
 HISTORY = ("time", "institution", "cohort_id", "client", *Counts._fields, "milliseconds", "errors")
-# None is NOT NULL: a field that is added later is null in the entries that are there.
+# No column is declared NOT NULL: a field that is added later is null in the entries there are.
 COLUMNS = {field.name: "TEXT" if field.kind is str else "INTEGER" for field in FIELDS}
 
 # Times are UTC in whole seconds since 1970. The entries have a rowid, and with it the order in
 # which they arrived: a page of new students is one run of the file, whatever the order of their
-# ids. (Kept in the order of their key, a page of scattered ids touches half of the file.)
+# ids. (In version 1 they stood in order of their key, and such a page touched half of the file.)
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS rosters (roster_id INTEGER PRIMARY KEY,
     institution TEXT NOT NULL, cohort_id TEXT NOT NULL, UNIQUE (institution, cohort_id));
@@ -939,7 +943,7 @@ class Roster:
         self.path = os.path.realpath(path)      # beside which SQLite has -wal and -shm
         self._connection: sqlite3.Connection | None = None
         self._files: list[os.stat_result] = []  # the database and its -wal, as they were opened
-        self._changed: list[str] = []           # students with other values than before
+        self._changed: list[str] = []           # keys, by the calls of `changed` in `upsert`
         try:
             # Made before SQLite would, and readable by its owner alone.
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -977,7 +981,7 @@ class Roster:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Everything or nothing; on disk when it is left without an exception. Raises Refusal busy,
-        or sqlite3.Error or OSError, after which the database is opened anew."""
+        or sqlite3.Error or OSError; then the database is opened anew, if `close` could close it."""
         try:
             if not self._connection:
                 connection = open_database(self.path)
@@ -989,31 +993,31 @@ class Roster:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-            if self.warning():
-                log.warning("database: %s", self.warning())
+            warning = self.warning()        # raises OSError, lest a crash take the 200 back
+            if warning:
+                log.warning("database: %s", warning)
         except BaseException as error:
             # Only to begin takes waiting for a lock, so nothing is half done.
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-                raise Refusal("busy", "the database is locked: try again",
-                              retry_after=BUSY_RETRY_AFTER) from error
+                raise Refusal("busy", "the database is locked: try again", retry_after=1) from error
             self.close()
             raise
 
     def sync(self, request: Request, batch: Batch) -> Counts:
         """Store a batch and its line in the history. Nothing is ever deleted, and the lock is ours:
-        so the new entries are those by which the last entry_id grows. All others were known."""
+        so the last entry_id, which SQLite counts up, grows by the new ones; others were known."""
         with self.transaction() as connection:
             now = int(time.time())      # not before the lock is ours: times follow the order
             key = (request.institution, batch.cohort_id)
             last = "SELECT coalesce(max(entry_id), 0) FROM entries"
             connection.execute("INSERT OR IGNORE INTO rosters VALUES (NULL, ?, ?)", key)
-            roster, before = connection.execute(
+            roster_id, before = connection.execute(
                 f"SELECT roster_id, ({last}) FROM rosters WHERE institution = ? AND cohort_id = ?",
                 key).fetchone()
             self._changed.clear()
             for start in range(0, len(batch.records), ROWS_AT_ONCE):
                 some = batch.records[start:start + ROWS_AT_ONCE]
-                connection.execute(upsert(len(some)), [roster, now, now, now,
+                connection.execute(upsert(len(some)), [roster_id, now, now, now,
                                                        *itertools.chain.from_iterable(some)])
             new = connection.execute(last).fetchone()[0] - before
             known, changed = len(batch.records) - new, len(self._changed)
@@ -1125,8 +1129,8 @@ class Service:
                                      configuration.institutions)
         request.institution = institution.name if institution else "-"
         # A verified institution has a bucket of its own; a guess spends its address's.
-        client = f"institution {institution.name}" if institution else client_key(request.client)
-        wait = self.limiter.take(client, configuration.settings["requests_per_minute"])
+        bucket = f"institution {institution.name}" if institution else client_key(request.client)
+        wait = self.limiter.take(bucket, configuration.settings["requests_per_minute"])
         if wait:
             raise Refusal("rate_limited", f"too many requests: wait {wait} s", retry_after=wait)
         if not institution:
@@ -1143,8 +1147,7 @@ class Service:
         left = request.started + limits["request_timeout"] - time.monotonic()
         with self._room:
             if not self._room.wait_for(lambda: self._bodies + size <= BODIES_IN_FLIGHT * cap, left):
-                raise Refusal("busy", "too many bodies at once: try again",
-                              retry_after=BUSY_RETRY_AFTER)
+                raise Refusal("busy", "too many bodies at once: try again", retry_after=1)
             self._bodies += size
         try:
             yield
@@ -1163,7 +1166,7 @@ def sync(service: Service, request: Request, configuration: Configuration) -> Do
     with service.room(request, limits):
         body = read_body(request, limits)
         if not service.turn.acquire(timeout=BUSY_TIMEOUT):
-            raise Refusal("busy", retry_after=BUSY_RETRY_AFTER)
+            raise Refusal("busy", retry_after=1)
         try:
             check_shape(body, limits["max_students"])
             batch = check_batch(parse_json(body), institution, limits["max_students"])
@@ -1213,16 +1216,6 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}{words} ({where})"
 
 
-def log_to_stderr() -> None:
-    """Each line begins with the time, in UTC, as ISO 8601 has it."""
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    log.handlers[:] = [handler]
-    log.propagate = False
-
-
 def log_request(request: Request, response: Response) -> None:
     """One line, behind its time; its rows are received/imported/rejected."""
     # What a client wrote must not forge a line of the log, or steer the terminal that shows it.
@@ -1252,13 +1245,6 @@ HOST = re.compile(r"(?:(?:[!$&-+.0-9;=A-Z_a-z~-]|%[0-9A-Fa-f]{2})+|\[([^]%]+)\])
 TARGET = re.compile(r"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?[^#]*)?")
 
 
-def required(found: Any, words: str) -> Any:
-    """What was found. Raises Refusal malformed_request if it is nothing."""
-    if not found:
-        raise Refusal("malformed_request", words)
-    return found
-
-
 class Stream(io.RawIOBase):
     """A connection as a file under one clock: nothing is read or written past the deadline, however
     the bytes trickle, as each wait is given only what is left of it."""
@@ -1286,7 +1272,7 @@ class Stream(io.RawIOBase):
         return self.connection
 
     def readinto(self, buffer: Any) -> int:
-        """What has come. Nothing is read beyond a request, so an end is never where it should be.
+        """What has come. Nothing is read beyond a request, so that an end always comes too early.
         Raises Refusal request_timeout, malformed_request, and busy if it was us who cut it off."""
         try:
             size = self.in_time().recv_into(buffer)
@@ -1296,11 +1282,10 @@ class Stream(io.RawIOBase):
             size = 0
         if not size and self.stopping:
             raise Refusal("busy", "the server is stopping: try again", retry_after=1)
-        if not size:
-            raise Refusal("malformed_request", "the request ended before it was whole")
+        demand(size, "the request ended before it was whole")
         # Each costs a system call and a few lines of Python, a hundred times as much as a byte.
         self.credit += size - MEAN_PIECE
-        required(self.credit >= 0, "the request comes in too many small pieces")
+        demand(self.credit >= 0, "the request comes in too many small pieces")
         return size
 
     def write(self, data: Any) -> None:
@@ -1328,7 +1313,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         tls, stream = self.server.service.configuration.tls, self.stream
         request = Request(self.client_address[0])
-        first = b"?"
+        first = b"?"                    # until we look: as if there was one
         try:
             if tls or not stream.refused:       # who is refused in http need not say a word first
                 first = stream.in_time().recv(1, socket.MSG_PEEK)
@@ -1349,7 +1334,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self, request: Request) -> None:
         """Fill in the request: its line, its headers, and its body as a stream. Raises Refusal."""
-        required(not self.wrong_scheme, f"this port speaks {self.wrong_scheme}")
+        demand(not self.wrong_scheme, f"this port speaks {self.wrong_scheme}")
         if self.stream.refused:
             raise Refusal("busy", "too many connections: try again", retry_after=1)
         line = self.line(MAX_REQUEST_LINE)
@@ -1360,8 +1345,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request.headers = headers = self.fields(Refusal("request_too_large", status=431))
         # It may be empty. Two of them arrive joined by a comma, which no host has in it.
         host = headers.get("host", "," if modern else "")
-        required(not host or is_host(host), "HTTP/1.1 takes one Host header")
-        required(modern or "transfer-encoding" not in headers, "HTTP/1.0 has no Transfer-Encoding")
+        demand(not host or is_host(host), "HTTP/1.1 takes one Host header")
+        demand(modern or "transfer-encoding" not in headers, "HTTP/1.0 has no Transfer-Encoding")
         self.stream.engaged = True
         request.body = self.body(headers, modern)
 
@@ -1378,7 +1363,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             room, lines = room - len(line), lines - 1
             if room < 0 or lines < 0:
                 raise too_many
-            match = required(FIELD_LINE.fullmatch(line), "a header must be NAME: VALUE and CRLF")
+            match = demand(FIELD_LINE.fullmatch(line), "a header must be NAME: VALUE and CRLF")
             name, value = match[1].lower(), match[2].strip(" \t")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
             line = self.line(room)
@@ -1400,14 +1385,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         credit = MAX_SMALL_CHUNKS * MEAN_PIECE
         while True:
             line = CHUNK_LINE.fullmatch(self.line(MAX_CHUNK_LINE))
-            size = int(required(line, "a chunk must begin with its size in hexadecimal")[1], 16)
+            size = int(demand(line, "a chunk must begin with its size in hexadecimal")[1], 16)
             if not size:
                 break
             check_length(size, self.stream.settings)        # before all that is promised has come
             credit += size - MEAN_PIECE
-            required(credit >= 0, "the body comes in too many small chunks")
+            demand(credit >= 0, "the body comes in too many small chunks")
             yield from exactly(size, self.rfile.read1)
-            required(self.rfile.read(2) == b"\r\n", "a chunk is longer than it says")
+            demand(self.rfile.read(2) == b"\r\n", "a chunk is longer than it says")
         self.fields(Refusal("malformed_request", "too many trailers"))
 
     def send(self, response: Response) -> None:
@@ -1436,15 +1421,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 with contextlib.suppress(OSError, ValueError):
                     connection.unwrap()         # close_notify is sent, and not waited for
             connection.shutdown(socket.SHUT_WR)
-            while most > 0:
-                most -= len(self.stream.in_time().recv(PIECE)) or most      # nothing: that was all
+            piece = b"?"
+            while piece and most > 0:
+                piece = self.stream.in_time().recv(PIECE)
+                most -= len(piece)
 
 
 def parse_request_line(line: str, request: Request) -> str:
     """Its version. Fills in method and path, of a target in any form of RFC 9112 section 3.2."""
     if len(line) > MAX_REQUEST_LINE:
         raise Refusal("request_too_large", status=414)
-    match = required(REQUEST_LINE.fullmatch(line), "a request must begin METHOD TARGET HTTP/1.1")
+    match = demand(REQUEST_LINE.fullmatch(line), "a request must begin METHOD TARGET HTTP/1.1")
     request.method, target, version = match.groups()
     if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise Refusal("http_version_not_supported")
@@ -1476,7 +1463,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind, listen, and accept in a thread of its own. Raises CommandError."""
         self.service = service
         self.streams: set[Stream] = set()       # of all connections
-        self.changed = threading.Condition()    # of these
+        self.condition = threading.Condition()    # of these
         host, port = (service.configuration.settings[key] for key in ("host", "port"))
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -1506,12 +1493,13 @@ class Server(http.server.ThreadingHTTPServer):
             raise OSError from error        # which the loop survives
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        stream, settings, peer = request, request.settings, parse_address(client_address[0])
+        stream: Stream = request        # socketserver's word for what get_request returns
+        settings, peer = stream.settings, parse_address(client_address[0])
         trusted = any(peer in network for network in settings["trusted_proxies"])
-        with self.changed:
+        with self.condition:
             served = [other.client for other in self.streams if not other.refused]
-            if len(served) >= settings["max_connections"] or not trusted and \
-                    served.count(stream.client) >= settings["max_connections_per_client"]:
+            if len(served) >= settings["max_connections"] or (not trusted and served.count(
+                    stream.client) >= settings["max_connections_per_client"]):
                 stream.refused = True
                 stream.deadline = time.monotonic() + REFUSED_SECONDS
                 if len(self.streams) - len(served) >= MAX_REFUSED:
@@ -1522,9 +1510,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         # Called in the end whatever happened, unlike Handler.finish: here the place is given back.
-        with self.changed:
+        with self.condition:
             self.streams.discard(request)
-            self.changed.notify_all()
+            self.condition.notify_all()
         request.connection.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1534,14 +1522,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept no more, let requests in flight finish in SHUTDOWN_TIMEOUT, close the database."""
         self.shutdown()
         self.server_close()
-        with self.changed:
+        with self.condition:
             for stream in self.streams:
                 stream.stopping = True
                 if not stream.engaged:      # wait for no more bytes; what has come is still read
                     with contextlib.suppress(OSError):
                         # Not SSLSocket's, which pulls TLS away under the thread that reads.
                         socket.socket.shutdown(stream.connection, socket.SHUT_RD)
-            self.changed.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
+            self.condition.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
         if self.service.turn.acquire(blocking=False):       # else a batch outlasts its time
             self.service.roster.close()
 
@@ -1556,7 +1544,7 @@ wsgi_lock = threading.Lock()        # of the one service that `application` make
 def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
     """The body as a WSGI server hands it on: up to Content-Length, or to its end if it has one."""
     read, terminated = environ["wsgi.input"].read, environ.get("wsgi.input_terminated")
-    required(terminated or "transfer-encoding" not in headers,
+    demand(terminated or "transfer-encoding" not in headers,
              "this host does not hand chunked bodies on: send a Content-Length")
     try:
         if "content-length" in headers or not terminated:
@@ -1667,7 +1655,7 @@ class Push:
         return answer
 
     def count(self, page: Sequence[Row], document: Mapping[str, Any]) -> bool:
-        """Count an answer in; row numbers become lines of the file. False if it is none of ours."""
+        """Count an answer in. False if it has no counts; a refused batch has errors alone."""
         with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
             self.rejected += [(page[error["row"] - 1][0], f"{error['error']}: {error['message']}")
                               for error in document["errors"]]
@@ -1825,7 +1813,7 @@ def responses(route: str) -> dict[str, Any]:
 
 def openapi_document(max_students: int) -> dict[str, Any]:
     """OpenAPI 3.1 of the contract, out of the tables that the code checks with. What it accepts the
-    server accepts; enums and patterns are plain, as generators and Go take no others."""
+    server accepts, but for half surrogates; patterns are plain, as Go and generators need them."""
     student = {"type": "object", "properties": {field.name: schema_of(field) for field in FIELDS},
                "required": [field.name for field in FIELDS if field.required],
                "description": "The whole record: a field left out, or blank, becomes null. White "
@@ -1872,9 +1860,8 @@ NO_CSV = {rb"\xff\xfe|\xfe\xff|.?\0": "UTF-16",     # with its mark or without
 
 def read_roster(path: str, mapping: Mapping[str, str],
                 encoding: str = "") -> tuple[str, list[Row], list[tuple[int, str]]]:
-    """A file, or standard input for "-": what the numbers of its rows count, the rows, and others
-    that are no students, with what is wrong. mapping: field to header, from --map. Raises
-    OSError, or CommandError for a file that can't be understood."""
+    """Read a file, or standard input for "-": what its numbers count, the rows, each with its
+    number, and those that are no students, with what is wrong. Raises OSError, CommandError."""
     data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
     for pattern, kind in NO_CSV.items():
         if re.match(pattern, data, re.DOTALL):
@@ -1893,7 +1880,7 @@ def read_roster(path: str, mapping: Mapping[str, str],
 
 def read_csv(path: str, data: bytes, mapping: Mapping[str, str],
              encoding: str) -> tuple[str, list[Row], list[tuple[int, str]]]:
-    """Of a CSV, or a OneRoster users.csv: students only. Raises CommandError."""
+    """Read a CSV, or a OneRoster users.csv: students only. Raises CommandError."""
     header, records = read_table(path, data, encoding)
     names = set(map(folded, header))
     oneroster = {"sourcedid", "givenname", "familyname"} <= names
@@ -1989,8 +1976,7 @@ def find_columns(path: str, header: Sequence[str], mapping: Mapping[str, str]) -
     return columns
 
 
-def student_of(record: Mapping[str, str],
-               columns: Mapping[str, str]) -> Mapping[str, object] | str:
+def student_of(record: Mapping[str, str], columns: Mapping[str, str]) -> Document | str:
     """A record as a student, or what is wrong with it that only the file shows."""
     student: dict[str, Any] = {name: record[column] for name, column in columns.items()}
     if "" in record:
@@ -2046,9 +2032,18 @@ def say(*lines: str) -> None:
 
 
 def configuration_for(arguments: Arguments) -> Configuration:
-    given = vars(arguments)
-    return load_configuration(given["config"], overrides={
-        key: given[key] for key in ("host", "port") if key in given})
+    return load_configuration(arguments.config, overrides={
+        key: value for key, value in vars(arguments).items() if key in ("host", "port")})
+
+
+def log_to_stderr() -> None:
+    """Each line begins with the time, in UTC, as ISO 8601 has it."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    log.handlers[:] = [handler]
+    log.propagate = False
 
 
 def command_serve(arguments: Arguments) -> int:
@@ -2137,7 +2132,7 @@ def check_database(path: str) -> list[str]:
     if place != path:
         return []
     try:
-        with reading(path) as connection:
+        with read_only(path) as connection:
             found = [row[0] for row in connection.execute("PRAGMA quick_check")]
     except CommandError as error:
         return list(error.args)
@@ -2145,7 +2140,7 @@ def check_database(path: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def reading(path: str, migrated: bool = False) -> Iterator[sqlite3.Connection]:
+def read_only(path: str, migrated: bool = False) -> Iterator[sqlite3.Connection]:
     """A database, read-only, whether a server runs on it or not. Raises CommandError."""
     try:
         with contextlib.closing(open_database(path, read_only=True)) as connection:
@@ -2197,7 +2192,7 @@ def report(push: Push, unit: str, dry_run: bool) -> None:
 
 def command_export(arguments: Arguments) -> int:
     """Write the roster of one cohort as CSV, the way push takes it back."""
-    with reading(configuration_for(arguments).settings["database"], migrated=True) as connection:
+    with read_only(configuration_for(arguments).settings["database"], migrated=True) as connection:
         rosters = connection.execute("SELECT institution, cohort_id FROM rosters").fetchall()
         meant = [(name, cohort) for name, cohort in rosters
                  if arguments.institution in (None, name) and arguments.cohort in (None, cohort)]
@@ -2230,18 +2225,13 @@ def new_file(path: str) -> TextIO:
 def command_history(arguments: Arguments) -> int:
     """List the latest syncs, or with --stale the institutions that have gone quiet."""
     configuration = configuration_for(arguments)
-    with reading(configuration.settings["database"], migrated=True) as connection:
+    with read_only(configuration.settings["database"], migrated=True) as connection:
         # By arrival, so that a clock that was wrong once hides nobody: the last of each stays.
         last = dict(connection.execute("SELECT institution, time FROM history ORDER BY sync_id"))
         rows = connection.execute(f"SELECT {', '.join(HISTORY)} FROM history "
                                   "ORDER BY sync_id DESC LIMIT 20").fetchall()
     if arguments.stale is not None:
-        since = time.gmtime(time.time() - arguments.stale * 3600)
-        quiet = [institution.name for institution in configuration.institutions
-                 if last.get(institution.name, "") < time.strftime("%Y-%m-%dT%H:%M:%SZ", since)]
-        for name in quiet:
-            print(f"{name}: last sync {last.get(name, 'never')}")
-        return 1 if quiet else 0
+        return stale(last, configuration.institutions, arguments.stale)
     if arguments.json:
         print(json.dumps([{**dict(zip(HISTORY, row)), "errors": json.loads(row[-1])}
                           for row in rows]))
@@ -2255,9 +2245,18 @@ def command_history(arguments: Arguments) -> int:
     return 0
 
 
+def stale(last: Mapping[str, str], institutions: Iterable[Institution], hours: float) -> int:
+    """1, and a line for each institution whose last sync is older; 0 if there is none."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - hours * 3600))
+    quiet = [each.name for each in institutions if last.get(each.name, "") < since]
+    for name in quiet:
+        print(f"{name}: last sync {last.get(name, 'never')}")
+    return 1 if quiet else 0
+
+
 def command_backup(arguments: Arguments) -> int:
     """Copy the database as it is at one moment, while the server goes on."""
-    with reading(configuration_for(arguments).settings["database"]) as source:
+    with read_only(configuration_for(arguments).settings["database"]) as source:
         new_file(arguments.file).close()
         try:
             with contextlib.closing(sqlite3.connect(arguments.file)) as target:
@@ -2305,7 +2304,7 @@ def demo_steps(url: str, secret: str) -> None:
             ("A bad row is reported, the good one kept", secret, [EXAMPLE["students"][0], {}], 1),
             ("A wrong secret", "not the secret", [], 1),
             ("5,001 students at once", secret, students[:5001], 1),
-            ("More than 20 requests in a minute", secret, [], 20)):
+            ("More than 20 requests in a minute", secret, [], 20)):     # there were some before
         for _ in range(times):
             answer = Client(url, token).post({"cohort_id": "2026", "students": rows})
         print(f"{title}:\n  {answer.status} {json.dumps(answer.document)}")
@@ -2320,9 +2319,9 @@ MAPPING = reader("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
                  lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
 FLAG = {"action": "store_true"}
 NO_DEFAULT = {"default": argparse.SUPPRESS}     # so that it may stand before `serve`, or without it
-Option = tuple[str, str, dict[str, Any]]    # its name, help, and argparse's keywords
 
-COMMANDS: dict[str, tuple[Callable[[Arguments], int], tuple[Option, ...]]] = {
+# A function, and its options: name, help, and what else argparse is to know.
+COMMANDS: dict[str, tuple[Callable[[Arguments], int], Any]] = {
     "serve": (command_serve, (
         ("--host", "instead of the configured one", {"type": ADDRESS, **NO_DEFAULT}),
         ("--port", "likewise; 0: any free port", {"type": whole_number(0, 65535), **NO_DEFAULT}))),
