@@ -291,7 +291,7 @@ class Configuration(NamedTuple):
 DEFAULT_FILE = pathlib.Path(__file__).resolve().with_suffix(".ini")
 SECTION = re.compile("server|limits|institution [a-z0-9-]{1,64}")
 # configparser's own words show the line, which may hold a secret.
-INI_FAULTS = {configparser.MissingSectionHeaderError: "stands before the first [section]",
+INI_FAULTS = {configparser.MissingSectionHeaderError: "is before or behind a [section]",
               configparser.DuplicateSectionError: "this [section] stands twice",
               configparser.DuplicateOptionError: "this key stands twice in its section",
               configparser.ParsingError: "is neither [section] nor key = value"}
@@ -700,7 +700,7 @@ def misplaced(field: Field, beside: Mapping[str, object]) -> str:
 
 def folded(name: str) -> str:
     """"Student ID (ext)", "student-id-ext" and "StudentIdExt" are one."""
-    return re.sub(r"[\W_]+", "", name.casefold())
+    return re.sub(r"[\W_]+", "", name.casefold()) or name
 
 
 def is_clean(field: Field, column: list[Any], listed: frozenset[str] | None) -> bool:
@@ -1650,7 +1650,7 @@ class Push:
                 seconds = waits.pop(0)
             else:
                 break
-            self.show(f", {answer}; again in {math.ceil(seconds)} s")
+            self.show(f", {answer.document.get('error', answer.status)}: again in {seconds:.0f} s")
             time.sleep(seconds)
         return answer
 
@@ -1687,7 +1687,7 @@ class Client:
             if parts.scheme not in ("http", "https") or not self.host or parts.port == 0:
                 raise ValueError
         except ValueError:
-            raise CommandError(f"--url {url}: must be http:// or https://, and a host") from None
+            raise CommandError(f"--url {url}: must be http:// or https://, HOST[:PORT]") from None
         self.path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%") or SYNC_PATH
         kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if parts.scheme == "https":
@@ -1911,6 +1911,7 @@ def read_table(path: str, data: bytes, encoding: str,
     into its cell, a whole roster perhaps, without a word. Raises CommandError."""
     encoding = find_encoding(path, data, encoding)
     lines = io.TextIOWrapper(io.BytesIO(data), encoding, newline="").readlines()
+    lines[:1] = [re.sub(r"\Asep=.\s*\Z", "\n", line) for line in lines[:1]]       # Excel's
     # The delimiter is the one that stands most often in the header, outside quotes.
     first = re.sub(r'"[^"]*"', "", next(filter(str.strip, lines), ""))
     parser = csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True,
@@ -2127,10 +2128,9 @@ def command_check(arguments: Arguments) -> int:
 def check_database(path: str) -> list[str]:
     """What would keep a start from using this database; nothing is changed, or created."""
     place = path if os.path.exists(path) else os.path.dirname(path)
-    if not os.access(place, os.R_OK | os.W_OK):
-        return [f"{place}: must be there, readable and writable"]
-    if place != path:
-        return []
+    usable = os.access(place, os.R_OK | os.W_OK)
+    if place != path or not usable:
+        return [] if usable else [f"{place}: must be there, readable and writable"]
     try:
         with read_only(path) as connection:
             found = [row[0] for row in connection.execute("PRAGMA quick_check")]
@@ -2231,7 +2231,7 @@ def command_history(arguments: Arguments) -> int:
         rows = connection.execute(f"SELECT {', '.join(HISTORY)} FROM history "
                                   "ORDER BY sync_id DESC LIMIT 20").fetchall()
     if arguments.stale is not None:
-        return stale(last, configuration.institutions, arguments.stale)
+        return stale(last, [each.name for each in configuration.institutions], arguments.stale)
     if arguments.json:
         print(json.dumps([{**dict(zip(HISTORY, row)), "errors": json.loads(row[-1])}
                           for row in rows]))
@@ -2245,10 +2245,11 @@ def command_history(arguments: Arguments) -> int:
     return 0
 
 
-def stale(last: Mapping[str, str], institutions: Iterable[Institution], hours: float) -> int:
-    """1, and a line for each institution whose last sync is older; 0 if there is none."""
-    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - hours * 3600))
-    quiet = [each.name for each in institutions if last.get(each.name, "") < since]
+def stale(last: Mapping[str, str | None], names: Iterable[str], hours: float) -> int:
+    """1, and a line each, if a last sync is older than that, or as far in the future; else 0."""
+    since, until = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+                    for seconds in (-hours * 3600, hours * 3600))
+    quiet = [name for name in names if not since <= (last.get(name) or "") <= until]
     for name in quiet:
         print(f"{name}: last sync {last.get(name, 'never')}")
     return 1 if quiet else 0
@@ -2319,7 +2320,6 @@ MAPPING = reader("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
                  lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
 FLAG = {"action": "store_true"}
 NO_DEFAULT = {"default": argparse.SUPPRESS}     # so that it may stand before `serve`, or without it
-
 # A function, and its options: name, help, and what else argparse is to know.
 COMMANDS: dict[str, tuple[Callable[[Arguments], int], Any]] = {
     "serve": (command_serve, (
@@ -2373,7 +2373,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         # Whoever started us may have closed it; and a Windows console may not know every letter.
         stream = getattr(sys, name) or open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115
-        if name != "stdin":
+        if name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")
         setattr(sys, name, stream)
     log.handlers[:] = [logging.NullHandler()]       # a command that needs a log says where

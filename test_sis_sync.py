@@ -2066,7 +2066,7 @@ class TestConfiguration:
              "(NAME: a-z, 0-9, hyphens)")]
 
     @pytest.mark.parametrize("text, fault", [
-        ("port = 1\n", "line 1: stands before the first [section]"),
+        ("port = 1\n", "line 1: is before or behind a [section]"),
         ("[server]\nport\n", "line 2: is neither [section] nor key = value"),
         ("[server]\nport = 1\nport = 2\n", "line 3: this key stands twice in its section"),
         ("[limits]\n[limits]\n", "line 2: this [section] stands twice")])
@@ -2085,7 +2085,7 @@ class TestConfiguration:
         (fault,) = faults_of(tmp_path, "[server]\n[limits] max_students = 5\n")
         assert fault.startswith("[server] [limits] max_students: unknown key")
         (fault,) = faults_of(tmp_path, "[institution a] secrets = c2VjcmV0\n")
-        assert fault == "line 1: stands before the first [section]"
+        assert fault == "line 1: is before or behind a [section]"
         assert faults_of(tmp_path, "[server]\n[limits] max_students\n") == ["line 2: is neither [section] nor key = value"]
 
     def test_a_bom_and_a_percent_sign_do_no_harm(self, tmp_path: pathlib.Path) -> None:
@@ -3733,9 +3733,11 @@ class TestCommands:
         process.communicate(timeout=20)
         assert process.returncode == 0
 
-    def test_the_options_of_serve_override_the_file(self, tmp_path: pathlib.Path) -> None:
-        with running(tmp_path, "[server]\nport = 1\nhost = 192.0.2.1\n", words=(
-                "serve", "--port", "0", "--host", "127.0.0.1")) as process:
+    @pytest.mark.parametrize("words", [
+        ("serve", "--port", "0", "--host", "127.0.0.1"), ("--port", "0", "--host", "127.0.0.1"),
+        ("--port", "0", "serve", "--host", "127.0.0.1")], ids=" ".join)
+    def test_the_options_of_serve_override_the_file(self, tmp_path: pathlib.Path, words: Sequence[str]) -> None:
+        with running(tmp_path, "[server]\nport = 1\nhost = 192.0.2.1\n", words=words) as process:
             assert process.exchange(head_of("GET", "/healthz")).status == 200
 
     @pytest.mark.parametrize("port", ["x", "99999", "-1", "8_0", ""])
@@ -3815,7 +3817,7 @@ class TestRosterFiles:
         assert rows == [(2, {"student_id_ext": "U1", "email": "a@b"})]
 
     @pytest.mark.parametrize("data, line", [
-        ("\n \nstudent_id_ext;email\nU1;a@b\n", 4),
+        ("sep=;\nstudent_id_ext;email\nU1;a@b\n", 3), ("\n \nstudent_id_ext;email\nU1;a@b\n", 4),
         ("student_id_ext,email,,\n , \nU1,a@b,,\n", 3), ("student_id_ext,email\rU1,a@b\r", 2)])
     def test_what_surrounds_the_rows_is_seen_through(self, tmp_path: pathlib.Path, data: str, line: int) -> None:
         rows, _ = rows_in(tmp_path, data)
@@ -3912,6 +3914,13 @@ class TestRosterFiles:
         assert [line for line, _ in rows] == [2, 5]
         with pytest.raises(sis_sync.CommandError, match="line 2: a cell of over 10 lines: is there a quote too many"):
             rows_in(tmp_path, text.format("\nx" * 25))
+
+    @pytest.mark.parametrize("header", ["#", "№", "-"])
+    def test_a_header_without_a_letter_can_be_mapped(self, tmp_path: pathlib.Path, header: str) -> None:
+        rows, _ = rows_in(tmp_path, f"{header},,email\nU1,x,a@b\n", {"student_id_ext": header})
+        assert rows == [(2, {"student_id_ext": "U1", "email": "a@b"})]
+        with pytest.raises(sis_sync.CommandError, match="must have one column '!', and has 0"):
+            rows_in(tmp_path, f"{header},,email\nU1,x,a@b\n", {"student_id_ext": header, "first_name": "!"})
 
     @pytest.mark.parametrize("document", [[student(1), "x"], {"cohort_id": "y", "students": [student(1), "x"]}])
     def test_json_is_an_array_or_a_request_body(self, tmp_path: pathlib.Path, document: Any) -> None:
@@ -4118,7 +4127,7 @@ class TestPush:
             result = self.push(process, path)
             assert result.returncode == 0, result.stderr
             assert b"new 12,000, updated 0" in result.stdout
-            assert b"rate_limited: too many requests: wait 1 s; again in 1 s\n" in result.stderr
+            assert b"rate_limited: again in 1 s\n" in result.stderr
             assert process.rows("SELECT count(*) FROM entries") == [(12_000,)]
 
     def test_a_page_that_is_too_large_is_halved_and_its_lines_stay_right(self, tmp_path: pathlib.Path) -> None:
@@ -4598,9 +4607,13 @@ class TestHistory:
         result = run("--config", ini, "history", "--stale", "3")
         assert (result.returncode, result.stdout) == (0, b"")
 
+    @pytest.mark.parametrize("hours", ["nan", "inf", "-1", "1e3", "", "99999999"])
+    def test_stale_takes_a_number_of_hours(self, ini: pathlib.Path, hours: str) -> None:
+        result = run("--config", ini, "history", f"--stale={hours}")
+        assert (result.returncode, b"must be a number of hours" in result.stderr) == (2, True)
 
     @pytest.mark.parametrize("first, last, status", [
-        (0, 0, 0), (0, -7200, 1), (10**9, 0, 0), (10**9, -7200, 1), (-7200, 0, 0)])
+        (0, 0, 0), (0, -7200, 1), (10**9, 0, 0), (10**9, -7200, 1), (-7200, 0, 0), (0, 7200, 1)])
     def test_stale_goes_by_the_last_to_arrive_and_a_clock_once_wrong_does_not_blind_it(
             self, ini: pathlib.Path, first: int, last: int, status: int) -> None:
         """Seconds from now that the two syncs say they were at."""
