@@ -143,7 +143,7 @@ ERRORS = (                          # in order of status, as the OpenAPI documen
     Error(405, "method_not_allowed", "", "the path takes another method", (), ("Allow",)),
     Error(408, "request_timeout", "", "the request did not arrive in time"),
     Error(413, "batch_too_large", "sync", "too many students: send smaller batches", ("max",)),
-    Error(413, "batch_too_large", "sync", "too many bytes", ("max", "max_bytes")),
+    Error(413, "batch_too_large", "sync", "too many bytes", ("max", "max_bytes")),  # for OpenAPI
     Error(414, "request_too_large", "", "the request line is too long"),
     Error(415, "unsupported_media_type", "sync", "Content-Type must be application/json, in utf-8; "
           "Content-Encoding gzip or identity", (), ("Accept", "Accept-Encoding")),
@@ -213,9 +213,9 @@ MAX_REQUEST_LINE = 8 * 1024         # bytes; RFC 9112 section 3 recommends at le
 MAX_HEAD = 16 * 1024                # bytes of headers, as Node has it
 MAX_HEADERS = 100                   # lines, as Apache has it
 MAX_CHUNK_LINE = 256                # bytes, extensions included
-MAX_SMALL_PIECES = 1000             # reads of a request that may bring nearly nothing
-MAX_SMALL_CHUNKS = 65_536           # chunks of a body that may be as small
-MEAN_PIECE = 16                     # bytes, of all beyond these; a packet has 500 and more
+MAX_SMALL_PIECES = 1000             # reads of a request that may be smaller than MEAN_PIECE
+MAX_SMALL_CHUNKS = 65_536           # chunks of a body that may be
+MEAN_PIECE = 16                     # bytes, the least average beyond these; a packet has 500
 MAX_NUMBER = 1000                   # digits
 MAX_OBJECTS = 8                     # objects and arrays in a body, for each student it may have
 MAX_VALUES = 64                     # values in a body, likewise
@@ -649,7 +649,7 @@ def parse_json(body: bytearray) -> object:
 def check_shape(body: bytearray, most: int) -> None:
     """Refuse what can't be a batch of so many students before it becomes a tree of objects, which
     may take 50 times the memory of its text. Raises Refusal batch_too_large, malformed_json."""
-    # Names hold such marks, too, so that few students have room as 5,000 do, and the batch as one.
+    # For 5,000 at least, as names hold such marks, too, and a batch. In 2 MiB is no large tree.
     students = max(most, 5000) + 1
     if (body.count(b"{") + body.count(b"[") > MAX_OBJECTS * students
             or (len(body) > 2 << 20 and body.count(b",") > MAX_VALUES * students)):
@@ -919,7 +919,7 @@ ROWS_AT_ONCE = (999 - 4) // len(FIELDS)     # SQLite before 3.32 takes 999 varia
 def upsert(rows: int) -> str:
     """The statement that stores so many rows: roster_id, three times the time, all their values.
     (A statement for each row takes twice as long, in the sqlite3 module's work around it.)
-    `changed` is a list's append, and gives null: it is called for each row whose values differ.
+    `changed` is a list's append, called where values differ: all of SET sees the row as it was.
     Never INSERT OR REPLACE: that would delete the entry first, and created_at with it."""
     row = f"({', '.join('?' * len(FIELDS))})"
     values = ", ".join(NAMES[1:])
@@ -958,7 +958,7 @@ class Roster:
     def warning(self) -> str:
         """What an operator should know of the files, if anything. Raises OSError if they are gone:
         what SQLite has open lives on until it is closed, and ends with the process."""
-        files = self.files() if self._connection else self._files
+        files = self.files() if self._connection else self._files       # closed, it loses nothing
         if not all(map(os.path.samestat, files, self._files)):
             raise OSError("the database or its -wal was replaced by another")
         # SQLite says nothing when it can't empty the log into the database: but the log grows.
@@ -966,15 +966,15 @@ class Roster:
             "the write-ahead log can't be emptied: a reader holds it, or the disk is full or fails"
 
     def close(self) -> None:
-        """Empty the log into the database, and close. SQLite would not do so if the file has moved.
-        Ours may then be the only hold of it: kept, while a reader or a fault is in the way."""
+        """Empty the log into the database, and close. SQLite would not do so if the file has moved:
+        then ours is the only hold of it, and kept as long as a reader or a fault is in the way."""
         with contextlib.suppress(sqlite3.Error):
             if self._connection:
                 self._connection.rollback()
                 self._connection.execute("PRAGMA busy_timeout = 0")     # for no reader's end
-                held, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                busy, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
-                if not held:
+                if not busy:
                     self._connection.close()
                     self._connection = None
 
@@ -1005,7 +1005,7 @@ class Roster:
 
     def sync(self, request: Request, batch: Batch) -> Counts:
         """Store a batch and its line in the history. Nothing is ever deleted, and the lock is ours:
-        so the last entry_id, which SQLite counts up, grows by the new ones; others were known."""
+        so the last entry_id grows by one for each new entry, and for no other: they were known."""
         with self.transaction() as connection:
             now = int(time.time())      # not before the lock is ours: times follow the order
             key = (request.institution, batch.cohort_id)
@@ -1272,7 +1272,7 @@ class Stream(io.RawIOBase):
         return self.connection
 
     def readinto(self, buffer: Any) -> int:
-        """What has come. Nothing is read beyond a request, so that an end always comes too early.
+        """What has come. Nobody waits for more than a request has, so an end always is too early.
         Raises Refusal request_timeout, malformed_request, and busy if it was us who cut it off."""
         try:
             size = self.in_time().recv_into(buffer)
@@ -1296,10 +1296,10 @@ class Stream(io.RawIOBase):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: one request, one answer, one line in the log. Of the base class it uses how
-    an answer is written, not how a request is read: that splits lines at any white space of
-    Unicode, takes a bare CR for a line end, two Hosts for one and HTTP/0.9 for a request, drops the
-    headers behind a faulty one, and answers errors in HTML."""
+    """One connection: setup, handle and finish are called; one request, one answer, one line in the
+    log. Of the base class it uses how an answer is written, not how a request is read: that splits
+    lines at any white space of Unicode, takes a bare CR for a line end, two Hosts for one, HTTP/0.9
+    for a request, drops the headers behind a faulty one, and answers errors in HTML."""
 
     request_version = "HTTP/1.1"    # by default it is 0.9, to which no status line is written
     protocol_version = "HTTP/1.1"   # of the answer, until the request says 1.0
@@ -1423,7 +1423,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.shutdown(socket.SHUT_WR)
             piece = b"?"
             while piece and most > 0:
-                piece = self.stream.in_time().recv(PIECE)
+                piece = self.stream.in_time().recv(PIECE)       # of TLS or not: nobody reads it
                 most -= len(piece)
 
 
@@ -1521,7 +1521,7 @@ class Server(http.server.ThreadingHTTPServer):
     def leave(self) -> None:
         """Accept no more, let requests in flight finish in SHUTDOWN_TIMEOUT, close the database."""
         self.shutdown()
-        self.server_close()
+        self.server_close()         # waits for no thread: they are daemons, and end when we do
         with self.condition:
             for stream in self.streams:
                 stream.stopping = True

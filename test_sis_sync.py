@@ -2164,8 +2164,10 @@ class TestConfiguration:
         text = "[institution a]\nsecrets = env:NOT_SET file:missing.txt file:empty.txt\n"
         assert configuration_of(tmp_path, text).institutions[0].digests == ()
         missing = tmp_path / "missing.txt"
-        assert warnings_of(tmp_path, text) == [
-            *(f"[institution a] secrets: not set: {told}" for told in (
+        told = [warning.replace(f"PosixPath({str(missing)!r})", repr(str(missing)))        # as PyPy has it
+                for warning in warnings_of(tmp_path, text)]
+        assert told == [
+            *(f"[institution a] secrets: not set: {why}" for why in (
                 "env:NOT_SET: missing or empty", f"[Errno 2] No such file or directory: {str(missing)!r}",
                 f"{tmp_path / 'empty.txt'}: missing or empty")),
             "no institution has a secret set: every push will be answered 503"]
@@ -2850,7 +2852,8 @@ class TestTLS:
         if content:
             files[key].write_text(contents[content])
         (fault,) = faults_of(tmp_path, "[server]\n" + "".join(f"{name} = {path}\n" for name, path in files.items()))
-        assert fault.startswith(f"[server] {key}: {files[key]}: ") and words in fault
+        assert fault.startswith(f"[server] {key}: {files[key]}: ")
+        assert words in fault or sys.implementation.name == "pypy"      # which does not say why
 
     def test_a_certificate_without_its_key_is_refused(self, tmp_path: pathlib.Path,
                                                       certificate: pathlib.Path) -> None:
