@@ -1468,8 +1468,7 @@ class Server(http.server.ThreadingHTTPServer):
         if ":" in host:
             self.address_family = socket.AF_INET6
         threading.stack_size(2 << 20)   # musl gives 128 KiB; 3.13.0 takes 1.5 MiB for deep JSON
-        # Else glibc keeps what a large body took, for each thread: twice the memory in all. (-3:
-        # M_MMAP_THRESHOLD; other systems have no mallopt.)
+        # Else glibc keeps, for each thread, what a large body took. (-3 is its M_MMAP_THRESHOLD.)
         with contextlib.suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).mallopt(-3, 4 << 20)
         try:
@@ -1479,7 +1478,8 @@ class Server(http.server.ThreadingHTTPServer):
         name = f"[{host}]" if ":" in host else host
         scheme = "https" if service.configuration.tls else "http"
         self.url = f"{scheme}://{name}:{self.server_address[1]}"
-        self.accepting = threading.Thread(target=self.serve_forever, daemon=True)
+        self.accepting = threading.Thread(target=self.serve_forever, daemon=True,
+                                          kwargs={"poll_interval": 0.1})    # s until it sees a stop
         self.accepting.start()
 
     def get_request(self) -> Any:
