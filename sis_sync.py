@@ -1893,10 +1893,11 @@ def read_csv(path: str, data: bytes, mapping: Mapping[str, str],
         if students is not None:
             record["role"] = "student" if record["sourcedid"] in students else "another"
         reason = why_left_out(record) if oneroster else ""
-        student = student_of(record, columns)
         if reason:
             left_out[reason] += 1
-        elif isinstance(student, str):
+            continue
+        student = student_of(record, columns)
+        if isinstance(student, str):
             faults.append((line, student))
         else:
             rows.append((line, student))
@@ -1909,8 +1910,7 @@ def read_table(path: str, data: bytes, encoding: str,
     """The header of a CSV, and its records by folded header, each with the line it begins on; under
     "" is what stands beyond the header. Strict: else a stray quote takes all up to the next one
     into its cell, a whole roster perhaps, without a word. Raises CommandError."""
-    encoding = find_encoding(path, data, encoding)
-    lines = io.TextIOWrapper(io.BytesIO(data), encoding, newline="").readlines()
+    lines = io.StringIO(decoded(path, data, encoding), newline="").readlines()
     lines[:1] = [re.sub(r"\Asep=.\s*\Z", "\n", line) for line in lines[:1]]       # Excel's
     # The delimiter is the one that stands most often in the header, outside quotes.
     first = re.sub(r'"[^"]*"', "", next(filter(str.strip, lines), ""))
@@ -1939,12 +1939,10 @@ def read_table(path: str, data: bytes, encoding: str,
                     for line, cells in records)
 
 
-def find_encoding(path: str, data: bytes, stated: str) -> str:
+def decoded(path: str, data: bytes, stated: str) -> str:
     """Raises CommandError for a file that is in no encoding, in two, or not in the stated one."""
-    encoding = "cp1252" if stated == "cp1252" else "utf-8-sig"
     try:
-        data.decode(encoding)
-        return encoding
+        return data.decode("cp1252" if stated == "cp1252" else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
     if stated:
@@ -1953,7 +1951,7 @@ def find_encoding(path: str, data: bytes, stated: str) -> str:
         raise CommandError(f"{path}: line {line} is not UTF-8, but others are: mend it, or say "
                            "which it is with --encoding cp1252")
     say(f"warning: {path} is not UTF-8, so read as Windows-1252: see that names come out right")
-    return find_encoding(path, data, "cp1252")
+    return decoded(path, data, "cp1252")
 
 
 def find_columns(path: str, header: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:

@@ -3935,7 +3935,7 @@ class TestRosterFiles:
         rows, notes = rows_in(tmp_path, text)
         expected = {"student_id_ext": "s1", "email": "z@b", "first_name": "Zoë", "last_name": "Ng"}
         assert rows == [(2, expected)]
-        rows, notes = rows_in(tmp_path, text, {"student_id_ext": "identifier"})
+        rows, _ = rows_in(tmp_path, text, {"student_id_ext": "identifier"})
         assert rows == [(2, {**expected, "student_id_ext": "0012"})]
 
     def test_oneroster_1_2_takes_the_roles_from_roles_csv(self, tmp_path: pathlib.Path) -> None:
