@@ -847,11 +847,13 @@ def make_tables(connection: sqlite3.Connection) -> None:
 MIGRATIONS = {2: make_tables}
 
 
-def add_columns(connection: sqlite3.Connection, columns: Mapping[str, str]) -> None:
+def add_columns(connection: sqlite3.Connection, columns: Mapping[str, str]) -> bool:
+    """Whether the entries lacked any of these columns; they have them now."""
     there = {row[1] for row in connection.execute("PRAGMA table_info(entries)")}
-    for name in columns:
-        if name not in there:
-            connection.execute(f'ALTER TABLE entries ADD COLUMN "{name}" {columns[name]}')
+    lacking = [name for name in columns if name not in there]
+    for name in lacking:
+        connection.execute(f'ALTER TABLE entries ADD COLUMN "{name}" {columns[name]}')
+    return bool(lacking)
 
 
 def schema_version(connection: sqlite3.Connection) -> int:
@@ -904,9 +906,9 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
         if before < version:
             migrate(connection)
             connection.execute(f"PRAGMA user_version = {version}")
-    add_columns(connection, COLUMNS)
-    for statement in VIEWS.split(";"):
-        connection.execute(statement)
+    if add_columns(connection, COLUMNS) or before < max(MIGRATIONS):
+        for statement in VIEWS.split(";"):
+            connection.execute(statement)
     connection.execute("COMMIT")
     if 0 < before < max(MIGRATIONS):
         log.info("database: migrated from version %d to %d", before, max(MIGRATIONS))

@@ -3516,6 +3516,15 @@ class TestMigration:
                     "SELECT type, name, sql FROM sqlite_master")})
         assert schemas[0] == schemas[1]
 
+    def test_a_database_of_this_version_is_opened_as_it_is(self, tmp_path: pathlib.Path) -> None:
+        """A schema that is written at each start has every reader prepare its statements anew."""
+        versions = set()
+        for _ in range(2):
+            sis_sync.Roster(str(tmp_path / "a.db")).close()
+            with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
+                versions.add(connection.execute("PRAGMA schema_version").fetchone())
+        assert len(versions) == 1
+
     def test_the_views_are_as_they_are_documented(self, tmp_path: pathlib.Path) -> None:
         entries, syncs = first_edition(tmp_path / "old.db")
         for name in ("old", "new"):
@@ -3932,7 +3941,7 @@ class TestRosterFiles:
 
     def test_oneroster_1_1_is_known_and_only_its_students_are_taken(self, tmp_path: pathlib.Path) -> None:
         text = ONEROSTER.format(",role", ",student", ",student", ",teacher")
-        rows, notes = rows_in(tmp_path, text)
+        rows, _ = rows_in(tmp_path, text)
         expected = {"student_id_ext": "s1", "email": "z@b", "first_name": "Zoë", "last_name": "Ng"}
         assert rows == [(2, expected)]
         rows, _ = rows_in(tmp_path, text, {"student_id_ext": "identifier"})
