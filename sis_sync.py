@@ -171,10 +171,9 @@ def reader(allowed: str, convert: Callable[[str], Any] = str, pattern: str = "(?
 
 
 def whole_number(low: int, high: int) -> Callable[[str], Any]:
-    within = range(low, high + 1)
     # int() alone would take '+5', '5_000' and Arabic digits; index() refuses what is not within.
     return reader(f"a whole number from {low} to {high}",
-                  lambda text: within[within.index(int(text))], "[0-9]{1,12}")
+                  lambda text: low + range(low, high + 1).index(int(text)), "[0-9]{1,12}")
 
 
 ADDRESS = reader("an IP address, as no name is looked up",
@@ -2226,12 +2225,10 @@ def command_history(arguments: Arguments) -> int:
     """List the latest syncs, or with --stale the institutions that have gone quiet."""
     configuration = configuration_for(arguments)
     with read_only(configuration.settings["database"], migrated=True) as connection:
-        # By arrival, so that a clock that was wrong once hides nobody: the last of each stays.
-        last = dict(connection.execute("SELECT institution, time FROM history ORDER BY sync_id"))
+        if arguments.stale is not None:
+            return stale(connection, configuration.institutions, arguments.stale)
         rows = connection.execute(f"SELECT {', '.join(HISTORY)} FROM history "
                                   "ORDER BY sync_id DESC LIMIT 20").fetchall()
-    if arguments.stale is not None:
-        return stale(last, [each.name for each in configuration.institutions], arguments.stale)
     if arguments.json:
         print(json.dumps([{**dict(zip(HISTORY, row)), "errors": json.loads(row[-1])}
                           for row in rows]))
@@ -2245,11 +2242,14 @@ def command_history(arguments: Arguments) -> int:
     return 0
 
 
-def stale(last: Mapping[str, str | None], names: Iterable[str], hours: float) -> int:
+def stale(connection: sqlite3.Connection, institutions: Iterable[Institution], hours: float) -> int:
     """1, and a line each, if a last sync is older than that, or as far in the future; else 0."""
+    # By arrival, so that a clock that was wrong once hides nobody: the last of each stays.
+    last = dict(connection.execute("SELECT institution, time FROM history ORDER BY sync_id"))
     since, until = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
                     for seconds in (-hours * 3600, hours * 3600))
-    quiet = [name for name in names if not since <= (last.get(name) or "") <= until]
+    quiet = [each.name for each in institutions
+             if not since <= (last.get(each.name) or "") <= until]
     for name in quiet:
         print(f"{name}: last sync {last.get(name, 'never')}")
     return 1 if quiet else 0
