@@ -253,11 +253,11 @@ def demand(found: Any, words: str) -> Any:
 
 
 class RowError(NamedTuple):
-    """What is wrong with a row, from the check to the history, the answer and the pushing side."""
+    """What is wrong with a row, from the check to the history and the answer."""
 
     row: int                        # from 1; 0 as long as only the value is known
     field: str | None
-    error: str                      # a code of ROW_ERRORS, or of student_of for a file's faults
+    error: str                      # a code of ROW_ERRORS
     message: str                    # words for a person; never the value, which is personal
 
 
@@ -1464,7 +1464,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind, listen, and accept in a thread of its own. Raises CommandError."""
         self.service = service
         self.streams: set[Stream] = set()       # of all connections
-        self.condition = threading.Condition()    # of these
+        self.condition = threading.Condition()  # of these
         host, port = (service.configuration.settings[key] for key in ("host", "port"))
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -2179,10 +2179,10 @@ def command_push(arguments: Arguments) -> int:
 
 def report(push: Push, unit: str, dry_run: bool) -> None:
     """The end of a push: the counts, every rejected row with its line, and what to do next."""
+    counts = "" if dry_run else ("new {imported:,}, updated {updated:,} (of these unchanged "
+                                 "{unchanged:,}), ").format_map(push.counts)
     told = [f"cohort {push.cohort_id}: {push.done:,} of {len(push.rows):,} students "
-            + ("checked" if dry_run else "sent"),
-            "  " + "new {imported:,}, updated {updated:,} (of these unchanged {unchanged:,}), "
-            .format_map(push.counts) * (not dry_run) + f"rejected {len(push.rejected):,}"]
+            + ("checked" if dry_run else "sent"), f"  {counts}rejected {len(push.rejected):,}"]
     if push.ignored:
         told.append(f"  ignored, as they are no fields: {', '.join(sorted(push.ignored))}")
     told += [f"  {unit} {number}: {fault}" for number, fault in sorted(push.rejected)]
@@ -2226,7 +2226,8 @@ def command_history(arguments: Arguments) -> int:
     configuration = configuration_for(arguments)
     with read_only(configuration.settings["database"], migrated=True) as connection:
         if arguments.stale is not None:
-            return stale(connection, configuration.institutions, arguments.stale)
+            names = [institution.name for institution in configuration.institutions]
+            return stale(connection, names, arguments.stale)
         rows = connection.execute(f"SELECT {', '.join(HISTORY)} FROM history "
                                   "ORDER BY sync_id DESC LIMIT 20").fetchall()
     if arguments.json:
@@ -2242,14 +2243,13 @@ def command_history(arguments: Arguments) -> int:
     return 0
 
 
-def stale(connection: sqlite3.Connection, institutions: Iterable[Institution], hours: float) -> int:
+def stale(connection: sqlite3.Connection, names: Iterable[str], hours: float) -> int:
     """1, and a line each, if a last sync is older than that, or as far in the future; else 0."""
     # By arrival, so that a clock that was wrong once hides nobody: the last of each stays.
     last = dict(connection.execute("SELECT institution, time FROM history ORDER BY sync_id"))
     since, until = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
                     for seconds in (-hours * 3600, hours * 3600))
-    quiet = [each.name for each in institutions
-             if not since <= (last.get(each.name) or "") <= until]
+    quiet = [name for name in names if not since <= (last.get(name) or "") <= until]
     for name in quiet:
         print(f"{name}: last sync {last.get(name, 'never')}")
     return 1 if quiet else 0

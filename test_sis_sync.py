@@ -1307,7 +1307,6 @@ class TestErrors(Described):
             assert json.loads(answer.body) == {"error": problem.code, "detail": meaning}
             assert answer.status == problem.status
 
-
     def test_what_nobody_foresaw_is_a_server_error_without_a_word_of_the_cause(
             self, service: sis_sync.Service, capfd: Any) -> None:
         def failing() -> Iterator[bytes]:
@@ -2621,7 +2620,6 @@ class TestBodies:
                 connection.sendall(head_of(secret=secret, Content_Length=length) + b"x" * length)
                 assert parse_answer(read_to_end(connection)).status == status
 
-
     def test_what_comes_after_an_early_answer_is_not_swallowed_for_ever(self, tmp_path: pathlib.Path) -> None:
         with running(tmp_path, ini_of(limits=FAST + "max_body_bytes = 65536\nrequest_timeout = 3600")) as process:
             for data, status in ((head_of(secret="wrong", Content_Length=1 << 40), 401), (b"x" * 9000, 414),
@@ -2680,7 +2678,6 @@ class TestClocks:
                     connection.sendall(b"x" * 20000)
                     with contextlib.suppress(socket.timeout):
                         connection.recv(65536)
-
 
     def test_who_had_the_whole_time_for_a_request_does_not_get_as_much_again(self, tmp_path: pathlib.Path) -> None:
         limits = FAST + "max_connections_per_client = 1\nrequest_timeout = "
