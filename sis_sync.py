@@ -1,584 +1,1568 @@
 #!/usr/bin/env python3
-"""sis_sync: a school's roster, pushed over HTTP and kept in SQLite. One file, only Python.
+r"""sis_sync: a school's roster, pushed over HTTP and kept in SQLite. One file, only Python.
 
-A student information system (SIS) pushes its students; the server proves who is calling, checks
-every row and keeps the good ones, so that the same push can be repeated for ever without harm.
+A student information system (SIS) pushes its students. The server checks who is calling, checks
+every row, and keeps the good ones. The same push can be repeated at any time without harm.
 
     $ export SIS_SYNC_SECRET=$(python3 sis_sync.py secret | head -n 1)
     $ python3 sis_sync.py &
-    $ curl http://127.0.0.1:8080/api/sis/sync -H "Authorization: Bearer $SIS_SYNC_SECRET" \\
-        -d '{"cohort_id": "2026", "students": [{"student_id_ext": "U1", "email": "a@b.edu"}]}' \\
+    $ curl http://127.0.0.1:8080/api/sis/sync -H "Authorization: Bearer $SIS_SYNC_SECRET" \
+        -d '{"cohort_id": "2026", "students": [{"student_id_ext": "U1", "email": "a@b.edu"}]}' \
         -H "Content-Type: application/json"
     {"received": 1, "imported": 1, "details": {"imported": 1, "updated": 0, "unchanged": 0}, ...}
 
-Limits, each a setting: 5,000 students and 8 MiB a request, 20 requests a minute, 256 connections.
-The server comes first, in the order of its work; its tools begin at the banner "The pushing side".
+One request may hold 5,000 students and 8 MiB, and one school may send 20 requests a minute. The
+contract, which is what the server promises to its clients, is in README.md ("The endpoint").
+
+This is the way of one request through the file:
+
+    accept -> Handler -> Service.handle -> route -> sync
+      authenticate -> read_body -> parse_json -> check_batch -> Database.store_batch
+    any step: raise Refusal -> one answer in JSON, one line in the log
+
+Read it from top to bottom: what may be sent; the way of one request; what may go wrong; then each
+step of that way; then what surrounds it: the built-in server, WSGI, the configuration, and the
+OpenAPI document. The tools of the command line come last, below the banner "The pushing side".
+Comments such as "noqa", "fmt" and "isort" are for other programs: readers can ignore them. A
+parameter with the name of a class is of that class: `request` is a Request, for example.
+
+A few words have one meaning in all of it:
+
+    institution  a school that pushes; it shows its secret
+    cohort       a group of students of one institution, known by its cohort_id
+    roster       the list of the students of one cohort
+    entry        one student on one roster, as it is kept in the database
+    push         sending a roster to the server, in one request or in several ("pages")
+    batch        the students of one request
+    sync         what the server does with one request: it stores the batch
 """
 
-from __future__ import annotations  # sis_sync needs Python 3.9 or newer
+from __future__ import annotations  # so that Python 3.9 reads types such as `Counts | None`
 
-import argparse
-import collections
-import configparser
-import contextlib
-import csv
-import ctypes
-import difflib
-import functools
-import hashlib
+# For requests, rows and the log.
 import hmac
-import http.client
-import http.server
 import io
 import ipaddress
 import itertools
-import json
 import logging
 import math
 import os
-import pathlib
-import queue
-import random
 import re
-import secrets
-import signal
-import socket
-import socketserver
-import sqlite3
-import ssl
 import sys
 import tempfile
 import threading
 import time
 import traceback
-import urllib.parse
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache, partial
+from hashlib import sha256
+from json import dumps, loads
+from pathlib import Path
+from re import fullmatch
+from secrets import token_hex, token_urlsafe
+from time import gmtime, monotonic, sleep, strftime
+from typing import NamedTuple
 
-if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 24):  # 3.7 comes to here
-    print("sis_sync: needs Python 3.9 or newer and SQLite 3.24 or newer; this is",
-          sys.version.split()[0], "with", sqlite3.sqlite_version, file=sys.stderr)
+# isort: split
+# For the built-in server and its configuration.
+import _thread
+import argparse
+import binascii
+import configparser
+import difflib
+import errno
+import http.server
+import signal
+import socket
+import socketserver
+
+# isort: split
+# For the tools.
+import csv
+import http.client
+import random
+from urllib.parse import quote
+
+# Python can be built without SQLite, OpenSSL or zlib. Then one of these raises ImportError, and so
+# do we if a version is too old.
+try:
+    import sqlite3
+    import ssl
+    import zlib
+
+    if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 24):
+        raise ImportError(f"this is {sys.version.split()[0]} with {sqlite3.sqlite_version}")
+except ImportError as error:
+    print(f"sis_sync: needs Python 3.9, SQLite 3.24, ssl and zlib: {error}", file=sys.stderr)
     sys.exit(2)
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 log = logging.getLogger("sis_sync")
 log.setLevel(logging.INFO)
-Headers = tuple[tuple[str, str], ...]
-Document = Mapping[str, object]
 
 
 # ---------------------------------------------------------------------------------------------
-# The contract as data: fields, errors, settings. Everything below follows from these tables.
+# What may be sent
 # ---------------------------------------------------------------------------------------------
 
-# Unicode's White_Space beyond ASCII, within a character class (every language has its own \s); and
-# what is stripped: str.strip() would also take U+001C to U+001F, which are control characters.
-WIDE_SPACE = r"\x85\xa0" "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-WHITE_SPACE = "".join(filter(str.isspace, map(chr, (*range(9, 14), *range(32, 0x3001)))))
-# Half of a surrogate pair passes JSON, and then SQLite can't store it: the batch would sink.
-SURROGATES = "\ud800-\udfff"
-FORBIDDEN = rf"[\x00-\x1f\x7f{SURROGATES}]"
-VISIBLE = rf"[^\x00-\x20\x7f{WIDE_SPACE}{SURROGATES}]"
-# The whole rule of a string but its length, after stripping: letters, and white space between.
-TEXT = f"{VISIBLE}+(?:[ {WIDE_SPACE}]+{VISIBLE}+)*"
-# RFC 5322 allows far more than a school uses; this is one address, and can't be taken for two.
-EMAIL = "{0}+@{0}+".format(VISIBLE.replace("^", "^@"))
+# A push is the roster of one cohort, or a page of it:
+#
+#     {"cohort_id": "2026",
+#      "students": [{"student_id_ext": "U2025001", "email": "alex.connor@student.example.edu.au",
+#                    "first_name": "Alex", "last_name": "Connor", "first_in_family": false}]}
+#
+# To add a field, add a row to FIELDS. The checks, the database, the CSV files and the OpenAPI
+# document are all made from this table.
 
 
 class Field(NamedTuple):
-    """A field of the request: its rule, its column, its schema and its CSV header in one line."""
+    """One field of a request, and its rules."""
 
     name: str
-    meaning: str
+    meaning: str  # for people; if the pattern does not match, we say "NAME must be MEANING"
     example: object = None
-    kind: type[Any] = str           # or bool, or list
+    kind: type = str  # or bool or int (and list, for `students` below)
     required: bool = False
-    longest: int = 255              # characters, after stripping; RFC 5321 has 254 of an address
-    pattern: str = TEXT
-    listed: str = ""                # in LISTS, if a value must be in that list of the institution
+    longest: int = 255  # characters
+    pattern: str = ""  # a regular expression that the whole string must match
+    listed: str = ""  # the setting in which an institution can list the allowed values
 
 
-COHORT = Field("cohort_id", "the roster", "2026", required=True, longest=64, listed="cohorts")
+# The white space that is not ASCII, to be put inside of [...] in a pattern. With the blank, that is
+# all white space that a string can hold, because tabs and line ends are refused as control
+# characters. (The pattern \s would take ten times as long.)
+WIDE_SPACE = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+EMAIL = f"[^@ {WIDE_SPACE}]+@[^@ {WIDE_SPACE}]+"
+COHORT = Field("cohort_id", "the cohort", "2026", required=True, longest=64, listed="cohorts")
 STUDENTS = Field("students", "the students on it", kind=list, required=True)
-# The first field is the one that an entry is known by: it is unique in a batch.
 FIELDS = (
     Field("student_id_ext", "the student's number in the SIS", "U2025001", required=True),
-    Field("email", "an e-mail address: something, one @, something, no white space",
-          "alex.connor@student.example.edu.au", required=True, longest=254, pattern=EMAIL),
+    Field(
+        "email",
+        "an e-mail address: something, one @, something, no white space",
+        "alex.connor@student.example.edu.au",
+        required=True,
+        longest=254,
+        pattern=EMAIL,
+    ),
     Field("first_name", "given name", "Alex"),
     Field("last_name", "family name", "Connor"),
     Field("program_code", "the program of study", "BUSI", listed="programs"),
     Field("campus_name", "the campus", "Sunshine Coast", listed="campuses"),
     Field("first_in_family", "first of the family to study", False, kind=bool),
 )
-KEY = FIELDS[0]
+KEY = FIELDS[0]  # an entry of a roster is known by this field
 NAMES = tuple(field.name for field in FIELDS)
-LISTS = {"cohorts": "unknown_cohort", "programs": "unknown_program", "campuses": "unknown_campus"}
-ROW_ERRORS = ("missing_field", "invalid_field", "duplicate_student", "not_an_object",
-              "unknown_program", "unknown_campus")
 
 
-class Error(NamedTuple):
-    """An error of a whole request, as its answer and the OpenAPI document tell it."""
+# ---------------------------------------------------------------------------------------------
+# The way of one request
+# ---------------------------------------------------------------------------------------------
+
+# Service is the whole server without its sockets: a Request goes in, a Response comes out. The
+# steps are in `Service.route` and in `sync`, and each step has a chapter below. A step that finds a
+# fault raises a Refusal with a name, such as Refusal("not_found"). The refusal becomes the answer.
+#
+# `config` is what the operator has set in sis_sync.ini: config.max_students, for example, or
+# config.institutions. Its class, Configuration, has a chapter below.
+
+SYNC_PATH = "/api/sis/sync"
+BUSY_TIMEOUT = 5.0  # seconds that a thread waits, for another thread or for the database
+
+
+class Request:
+    """One request, and what we learn about it on its way to a line in the log."""
+
+    method = "-"
+    path = "-"
+    institution = "-"  # the name, when `authenticate` knows it
+    counts: Counts | None = None  # of its rows: how many were new, rejected, and so on
+    note = ""  # what only the log may say
+
+    def __init__(self, peer, config):
+        self.config = config  # as it was when the client connected; a reload makes another one
+        self.peer = peer  # the address at the other end of the connection
+        self.client = peer or "-"  # if the peer is a proxy, `route` learns who is behind it
+        self.headers = {}  # names in lower case
+        self.body = ()  # later a generator, which reads while we loop over it
+        self.id = token_hex(8)
+        self.started = monotonic()
+
+    def milliseconds(self):
+        return round(1000 * (monotonic() - self.started))
+
+    def content_length(self):
+        return int(self.headers.get("content-length", "0"))
+
+    def content_encoding(self):
+        return self.headers.get("content-encoding", "").lower() or "identity"
+
+
+class Response:
+    """The answer to one request. Every answer is JSON."""
+
+    def __init__(self, request, document, status, headers):
+        body = dumps(document).encode() + b"\n"
+        self.status = status
+        self.body = b"" if request.method == "HEAD" else body
+        self.headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "X-Request-ID": request.id,
+            **headers,
+        }
+
+
+class Service:
+    """The server without its sockets. Many threads call `handle` at the same time."""
+
+    def __init__(self, config, rehearsal=False):
+        """A rehearsal only finds out whether a start would work, for the command `check`."""
+        self.config = config
+        self.limiter = RateLimiter()
+        self.database = Database(config.database, rehearsal)
+        self.turn = threading.Lock()  # the thread that holds it may use the roster
+
+    def handle(self, request) -> Response:
+        """Answer a request, whatever happens."""
+        try:
+            return Response(request, self.route(request), 200, {})
+        except Exception as error:  # noqa: BLE001
+            return answer_to(error, request)
+
+    def route(self, request) -> dict:
+        """Call the function for this path. It returns the document to answer with."""
+        # Who is the client, if the peer is a proxy? (Step 1.) Where does the body end? (Step 2.)
+        forwarded_for = request.headers.get("x-forwarded-for", "")
+        request.client = client_of(request.peer, forwarded_for, request.config.trusted_proxies)
+        check_framing(request.headers)
+        if not fullmatch(KNOWN_METHODS, request.method):
+            raise Refusal("not_implemented")
+        if request.path not in ROUTES:
+            raise Refusal("not_found")
+        methods, answer, _ = ROUTES[request.path]  # `answer` is a function, such as `sync`
+        if request.method not in methods.split(", "):
+            refusal = Refusal("method_not_allowed")
+            refusal.headers["Allow"] = methods
+            raise refusal
+        return answer(self, request)
+
+    def authenticate(self, request) -> Institution:
+        """Return the institution that is calling, or refuse the caller."""
+        institutions = request.config.institutions
+        if not any(institution.digests for institution in institutions):  # digests of secrets
+            raise Refusal("not_configured")
+        authorization = request.headers.get("authorization", "")
+        institution = institution_of(authorization, institutions)
+        # The rate limiter counts an institution by its name, and a stranger by its address. So a
+        # stranger can neither guess quickly nor use up what an institution may send.
+        bucket = client_key(request.client)
+        if institution:
+            request.institution = institution.name
+            bucket = f"institution {institution.name}"
+        seconds = self.limiter.take(bucket, request.config.requests_per_minute)
+        if seconds:
+            words = f"too many requests: wait {seconds} s"
+            raise Refusal("rate_limited", words, retry_after=seconds)
+        if not institution:
+            request.note = why_unknown(authorization)
+            raise Refusal("unauthorized")
+        return institution
+
+
+def sync(service, request) -> dict:
+    """POST /api/sis/sync. The order matters: nobody without a secret makes us read a body."""
+    institution = service.authenticate(request)
+    check_length(request.content_length(), request.config)
+    check_media_type(request)
+    body = read_body(request)
+    # One thread at a time parses, checks and stores a batch. A parsed batch takes ten times the
+    # memory of its body, so we want only one. The others wait, but not for ever.
+    if not service.turn.acquire(timeout=BUSY_TIMEOUT):
+        raise Refusal("busy", retry_after=1)
+    try:
+        max_students = request.config.max_students
+        check_brackets(body, max_students)  # refuses what would take too much memory when parsed
+        batch = check_batch(parse_json(body), institution, max_students)
+        if batch.errors and institution.bad_rows == "reject":
+            request.counts = Counts(received=batch.received, rejected=len(batch.errors))
+            words = f"{len(batch.errors)} of {batch.received} rows are bad; nothing was stored"
+            raise Refusal("invalid_rows", words, errors=batch.errors)
+        counts = service.database.store_batch(request, batch)
+    finally:
+        service.turn.release()
+    request.counts = counts
+    return {
+        "received": counts.received,
+        # The contract has "imported" twice: here it counts all good rows, and in the details only
+        # the new ones. "updated" counts the known ones, changed or not.
+        "imported": counts.new + counts.updated,
+        "details": {
+            "imported": counts.new,
+            "updated": counts.updated,
+            "unchanged": counts.unchanged,
+        },
+        "errors": batch.errors,
+        "ignored": batch.ignored,
+    }
+
+
+def health(service, request) -> dict:
+    """GET /healthz: whether the database is in its place and can be read."""
+    try:
+        service.database.check_files()
+        with read_only(service.database.path) as connection:
+            connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
+    except (CommandError, OSError):  # read_only makes a CommandError of each sqlite3.Error
+        raise Refusal("unhealthy") from None
+    return {"status": "ok"}
+
+
+def openapi(service, request) -> dict:
+    """GET /openapi.json: a description for programs that generate clients."""
+    return openapi_document(request.config.max_students)
+
+
+# The methods of RFC 9110 and RFC 5789, as a pattern. To any other one the answer is 501, not 405.
+KNOWN_METHODS = "GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH"
+# For each path: its methods, the function that answers, and a summary for the OpenAPI document.
+ROUTES = {
+    SYNC_PATH: ("POST", sync, "Push students of one cohort's roster"),
+    "/healthz": ("GET, HEAD", health, "Whether the database answers"),
+    "/openapi.json": ("GET, HEAD", openapi, "This document"),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# What may go wrong, and what is logged
+# ---------------------------------------------------------------------------------------------
+
+# These exceptions are ours. Each of them tells another person of a fault:
+#
+#     Refusal       The client. Its whole request is refused with a row of ERRORS.
+#     BadValue      The client, too. One value breaks a rule. In a row it becomes one of "errors",
+#                   and the other rows are kept. In cohort_id or students it becomes a Refusal.
+#     BadSetting    The operator. A value in sis_sync.ini is wrong. It becomes a CommandError.
+#     CommandError  Whoever sits at the command line. A start or a command cannot go on.
+#
+# The database raises sqlite3.Error, and the system OSError. Where nobody has foreseen them, and at
+# a mistake of ours, the client gets a 500, and the log says what it was.
+
+
+class ErrorCode(NamedTuple):
+    """One way to refuse a request."""
 
     status: int
-    code: str                       # stable: what a client switches on
-    only: str                       # the one route, by its function, that answers it; "": all
     meaning: str
-    carries: tuple[str, ...] = ()   # what the answer holds besides error and detail
-    headers: tuple[str, ...] = ()   # what it has besides those of every answer
+    only_in: str = ""  # for the OpenAPI document: the function in ROUTES that refuses so; "": any
+    carries: tuple = ()  # what the answer holds besides "error" and "detail"
+    headers: tuple = ()  # pairs: name, value; those of Allow and Retry-After are only examples
+    code: str = ""  # what the client sees, if two of our names are one error to it
 
 
-ERRORS = (                          # in order of status, as the OpenAPI document groups them
-    Error(400, "malformed_request", "", "the request is not HTTP as RFC 9112 has it"),
-    Error(400, "malformed_json", "sync", "the body is not JSON in UTF-8"),
-    Error(400, "missing_field", "sync", "cohort_id or students is absent or blank", ("field",)),
-    Error(400, "invalid_field", "sync", "body, cohort_id or students break a rule", ("field",)),
-    Error(400, "unknown_cohort", "sync", "cohort_id is not in the institution's list", ("field",)),
-    Error(400, "invalid_rows", "sync", "rows have faults and bad_rows is reject", ("errors",)),
-    Error(401, "unauthorized", "sync", "no valid secret; send the header Authorization: Bearer "
-          "<institution secret>", (), ("WWW-Authenticate",)),
-    Error(404, "not_found", "", "there is nothing at this path"),
-    Error(405, "method_not_allowed", "", "the path takes another method", (), ("Allow",)),
-    Error(408, "request_timeout", "", "the request did not arrive in time"),
-    Error(413, "batch_too_large", "sync", "too many students: send smaller batches", ("max",)),
-    Error(413, "batch_too_large", "sync", "too many bytes", ("max", "max_bytes")),  # for OpenAPI
-    Error(414, "request_too_large", "", "the request line is too long"),
-    Error(415, "unsupported_media_type", "sync", "Content-Type must be application/json, in utf-8; "
-          "Content-Encoding gzip or identity", (), ("Accept", "Accept-Encoding")),
-    Error(429, "rate_limited", "sync", "too many requests", ("retry_after",), ("Retry-After",)),
-    Error(431, "request_too_large", "", "the headers are too long"),
-    Error(500, "server_error", "", "a fault of the server, told in its log", ("request_id",)),
-    Error(501, "not_implemented", "", "the method or the transfer coding is unknown"),
-    Error(503, "not_configured", "sync", "no institution has a secret set"),
-    Error(503, "busy", "", "the server is busy: try again", ("retry_after",), ("Retry-After",)),
-    Error(503, "unhealthy", "health", "the database does not answer"),
-    Error(505, "http_version_not_supported", "", "only HTTP/1.0 and HTTP/1.1 are spoken"),
-)
-
-
-def reader(allowed: str, convert: Callable[[str], Any] = str, pattern: str = "(?s).*",
-           shown: bool = True) -> Callable[[str], Any]:
-    """A function that reads such a text, or raises argparse.ArgumentTypeError and says why."""
-    def read(text: str) -> Any:
-        with contextlib.suppress(ValueError):       # of convert
-            if re.fullmatch(pattern, text):
-                return convert(text)
-        found = repr(text[:60]) if shown else "something else"
-        raise argparse.ArgumentTypeError(f"found {found}; must be {allowed}")
-    return read
-
-
-def whole_number(low: int, high: int) -> Callable[[str], Any]:
-    # int() alone would take '+5', '5_000' and Arabic digits; index() refuses what is not within.
-    return reader(f"a whole number from {low} to {high}",
-                  lambda text: low + range(low, high + 1).index(int(text)), "[0-9]{1,12}")
-
-
-ADDRESS = reader("an IP address, as no name is looked up",
-                 lambda text: str(ipaddress.ip_address(text)))
-FILE_OR_NONE = reader("the path of a file, or nothing", str, r"[^\x00-\x1f\x7f]*")
-NETWORKS = reader("addresses, or networks without host bits set, such as 10.0.0.0/8, or nothing",
-                  lambda text: tuple(map(ipaddress.ip_network, text.replace(",", " ").split())))
-# configparser takes an indented line, and so an indented key, for more of the value above it.
-VALUES = reader("values with commas or line ends between, or nothing for any",
-                lambda text: frozenset(filter(None, map(str.strip, re.split("[,\n]", text)))),
-                r"(?s)(?!(.*[,\n])?\s*[a-z_]+[ \t]*=).*")
-SOURCE = r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\0]+|sha256:[0-9A-Fa-f]{64})"
-SECRETS = reader("env:NAME, file:PATH and sha256: with 64 hex digits, white space between them, "
-                 "never the secret itself", str.split, rf"({SOURCE}(\s+{SOURCE})*)?", shown=False)
-
-# Section, key, default, and how it is read. sis_sync.ini has the words on each.
-SETTINGS = (
-    ("server", "host", "127.0.0.1", ADDRESS),
-    ("server", "port", "8080", whole_number(0, 65535)),
-    ("server", "database", "sis_sync.db", reader("the path of a file", str, r"[^\x00-\x1f\x7f]+")),
-    ("server", "tls_certificate", "", FILE_OR_NONE),
-    ("server", "tls_key", "", FILE_OR_NONE),
-    ("server", "trusted_proxies", "", NETWORKS),
-    ("limits", "requests_per_minute", "20", whole_number(1, 100_000)),
-    ("limits", "max_students", "5000", whole_number(1, 100_000)),
-    ("limits", "max_body_bytes", "8388608", whole_number(1024, 1 << 30)),
-    ("limits", "max_connections", "256", whole_number(1, 10_000)),
-    ("limits", "max_connections_per_client", "32", whole_number(1, 10_000)),
-    ("limits", "request_timeout", "30", whole_number(1, 3600)),
-    ("institution", "secrets", "env:SIS_SYNC_SECRET", SECRETS),
-    *(("institution", key, "", VALUES) for key in LISTS),
-    ("institution", "bad_rows", "skip", reader("skip or reject", str, "skip|reject")),
-)
-
-MAX_REQUEST_LINE = 8 * 1024         # bytes; RFC 9112 section 3 recommends at least 8,000
-MAX_HEAD = 16 * 1024                # bytes of headers, as Node has it
-MAX_HEADERS = 100                   # lines, as Apache has it
-MAX_CHUNK_LINE = 256                # bytes, extensions included
-MAX_SMALL_PIECES = 1000             # reads of a request that may be smaller than MEAN_PIECE
-MAX_SMALL_CHUNKS = 65_536           # chunks of a body that may be
-MEAN_PIECE = 16                     # bytes, the least average beyond these; a packet has 500
-MAX_NUMBER = 1000                   # digits
-MAX_OBJECTS = 8                     # objects and arrays in a body, for each student it may have
-MAX_VALUES = 64                     # values in a body, likewise
-MAX_IGNORED = 20                    # unknown keys that an answer names
-MAX_SECRET = 1024                   # bytes; a stranger can't have us hash more
-MAX_BUCKETS = 100_000               # clients that the rate limiter remembers: about 15 MB
-BODIES_IN_FLIGHT = 6                # times max_body_bytes, all together: so 128 MB are enough
-PIECE = 64 * 1024                   # bytes read at once, at most; never what a length promises
-BUSY_TIMEOUT = 5.0                  # seconds to wait for one's turn, and for the database's lock
-MAX_REFUSED = 100                   # connections told busy that are still being listened to
-REFUSED_SECONDS = 2.0               # how long they are, so that the answer gets through
-SHUTDOWN_TIMEOUT = 10.0             # seconds that requests in flight have to finish
-SHORT_SECRET = 16                   # characters; below, a guess is thinkable
-HISTORY_SYNCS = 10_000              # kept of each institution
-HISTORY_ERRORS = 100                # row errors kept of each sync
-WAL_LIMIT = 16 << 20                # bytes, where SQLite begins to empty it
+# fmt: off
+ERRORS = {
+    "malformed_request": ErrorCode(400, "the request is not HTTP as RFC 9112 defines it"),
+    "malformed_json": ErrorCode(400, "the body is not JSON in UTF-8", "sync"),
+    "missing_field": ErrorCode(
+        400, "cohort_id or students is missing or blank", "sync", ("field",)),
+    "invalid_field": ErrorCode(
+        400, "the body, cohort_id or students is not valid", "sync", ("field",)),
+    "unknown_cohort": ErrorCode(
+        400, "cohort_id is not in the institution's list", "sync", ("field",)),
+    "invalid_rows": ErrorCode(
+        400, "some rows are bad, and bad_rows is reject", "sync", ("errors",)),
+    "unauthorized": ErrorCode(
+        401, "no valid secret; send the header Authorization: Bearer <institution secret>",
+        "sync", headers=(("WWW-Authenticate", "Bearer"),)),
+    "not_found": ErrorCode(404, f"there is nothing at this path; a push goes to {SYNC_PATH}"),
+    "method_not_allowed": ErrorCode(
+        405, "the path takes another method", headers=(("Allow", "POST"),)),
+    "request_timeout": ErrorCode(408, "the request did not arrive in time"),
+    "too_many_students": ErrorCode(
+        413, "too many students: send smaller batches", "sync", ("max",),
+        code="batch_too_large"),
+    "too_many_bytes": ErrorCode(
+        413, "too many bytes: send smaller batches", "sync",
+        ("max", "max_bytes"), code="batch_too_large"),
+    "line_too_long": ErrorCode(414, "the request line is too long", code="request_too_large"),
+    "unsupported_media_type": ErrorCode(
+        415, "Content-Type must be application/json; Content-Encoding gzip or identity",
+        "sync", headers=(("Accept", "application/json"), ("Accept-Encoding", "gzip, identity"))),
+    "rate_limited": ErrorCode(
+        429, "too many requests", "sync", ("retry_after",), (("Retry-After", 3),)),
+    "headers_too_long": ErrorCode(431, "the headers are too long", code="request_too_large"),
+    "server_error": ErrorCode(
+        500, "a fault of the server; its log says more", "", ("request_id",)),
+    "not_implemented": ErrorCode(
+        501, "unknown method (methods are in capitals), or unknown transfer coding"),
+    "not_configured": ErrorCode(503, "no institution has a secret set", "sync"),
+    "busy": ErrorCode(
+        503, "the server is busy: try again", "", ("retry_after",), (("Retry-After", 1),)),
+    "unhealthy": ErrorCode(503, "the database does not answer", "health"),
+    "http_version_not_supported": ErrorCode(505, "only HTTP/1.0 and HTTP/1.1 are spoken"),
+}
+# fmt: on
 
 
 class Refusal(Exception):
-    """A request turned down with one of ERRORS. detail: words for a person; never a secret or a
-    student's data. status: where a code has two. headers, carries: what the error's row says."""
+    """A request is refused with one of ERRORS. Any step may raise it; `answer_to` answers it."""
 
-    def __init__(self, code: str, detail: str = "", status: int = 0, headers: Headers = (),
-                 **carries: Any) -> None:
-        self.error = next(row for row in ERRORS if row.code == code and status in (0, row.status))
-        self.detail = detail or self.error.meaning
-        self.headers, self.carries = headers, carries
-        super().__init__(self.detail)
-
-
-def demand(found: Any, words: str) -> Any:
-    """What was found. If it is nothing, or false, raises Refusal malformed_request."""
-    if not found:
-        raise Refusal("malformed_request", words)
-    return found
-
-
-class RowError(NamedTuple):
-    """What is wrong with a row, from the check to the history and the answer."""
-
-    row: int                        # from 1; 0 as long as only the value is known
-    field: str | None
-    error: str                      # a code of ROW_ERRORS
-    message: str                    # words for a person; never the value, which is personal
+    def __init__(self, name, detail="", **carries):
+        row = ERRORS[name]
+        code = row.code or name
+        self.status = row.status
+        self.document = {"error": code, "detail": detail or row.meaning, **carries}
+        self.headers = dict(row.headers)
+        if "retry_after" in carries:
+            self.headers["Retry-After"] = str(carries["retry_after"])
+        self.logged = f"{code}: {detail}" if detail else code  # what the log says of it
+        super().__init__(self.document["detail"])
 
 
 class CommandError(Exception):
-    """What stops a command: each argument is one plain line for stderr. Exit status 2."""
+    """A command cannot go on. Each argument is one line for the person who gave it."""
+
+
+def answer_to(error: Exception, request) -> Response:
+    """The answer to a request that failed. If nobody foresaw the error, it is a 500: the log says
+    what it was, and the client gets only the id to ask for."""
+    if not isinstance(error, Refusal):
+        log.error(f"{request.id} server_error {describe(error)}")
+        error = Refusal("server_error", request_id=request.id)
+    request.note = f"{error.logged} {request.note}"
+    return Response(request, error.document, error.status, error.headers)
+
+
+def describe(error: BaseException):
+    """An unexpected error in one line for the log: its type, its words, and the functions in which
+    it happened, the innermost first, each with a line of this file:
+
+        OperationalError: disk I/O error (store_batch:1443 < sync:293 < route:250 < handle:231)
+
+    A traceback of Python would say more, but its words may hold the data of a student. So we
+    show words only if they come from the database, the system or ourselves."""
+    words = type(error).__name__
+    if isinstance(error, (sqlite3.Error, OSError, CommandError)):
+        words += f": {error}"
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [f"{frame.f_code.co_name}:{line}" for frame, line in frames]
+    return f"{words} ({' < '.join(reversed(places))})"
+
+
+def log_request(request, response):
+    """Write one line for a request. The rows are counted as received/imported/rejected."""
+    counts = request.counts
+    rows = f"{counts.received}/{counts.new + counts.updated}/{counts.rejected}" if counts else "-"
+    line = (
+        f"{request.id} {request.client} {request.institution} "
+        f"{escape(request.method)} {escape(request.path)} "
+        f"{response.status} {rows} {request.milliseconds()}ms {request.note}"
+    )
+    log.info(line.rstrip())
+
+
+def escape(text):
+    """What a client wrote must not forge a line of the log, fill it, or control the terminal that
+    shows it. A space becomes \\x20, for example."""
+    # This matches the backslash and everything but the visible characters of ASCII, ! to ~.
+    return re.sub(r"[^!-~]|\\", lambda match: f"\\x{ord(match[0]):02x}", text[:200])
 
 
 # ---------------------------------------------------------------------------------------------
-# Configuration
+# Step 1: who is calling, and how often
 # ---------------------------------------------------------------------------------------------
+
+# An institution shows its secret: "Authorization: Bearer sis_...". Somebody who guesses secrets
+# must fail slowly, so there is a rate limit: an institution has its own, and all others have one
+# for each address. A proxy in front of us has one address for all clients, so we must know who is
+# behind it.
+
+MAX_SECRET = 1024  # bytes
+MAX_BUCKETS = 100_000  # that the rate limiter remembers: about 20 MB
+
 
 class Institution(NamedTuple):
-    """Who may push: its secrets as SHA-256 digests, and what it may send."""
+    """Who may push. Of its secrets we know only the SHA-256 digests."""
 
     name: str
-    digests: tuple[bytes, ...]
-    lists: Mapping[str, frozenset[str]]     # by the keys of LISTS; empty means any
-    bad_rows: str = "skip"
+    digests: tuple
+    # By "cohorts", "programs", "campuses": a set of the allowed values; an empty one means any.
+    lists: dict
+    bad_rows: str = "skip"  # or "reject": then one bad row refuses the batch
 
 
-class Configuration(NamedTuple):
-    """Everything that the operator decides, read once and never changed: a reload makes another."""
+def institution_of(authorization, institutions) -> Institution | None:
+    """Find whose secret is in this Authorization header: "Bearer <secret>" (RFC 6750).
 
-    settings: Mapping[str, Any]             # the keys of [server] and [limits]
-    institutions: tuple[Institution, ...]
-    tls: ssl.SSLContext | None
-    source: str                             # the file, or "" for none
-
-
-DEFAULT_FILE = pathlib.Path(__file__).resolve().with_suffix(".ini")
-SECTION = re.compile("server|limits|institution [a-z0-9-]{1,64}")
-# configparser's own words show the line, which may hold a secret.
-INI_FAULTS = {configparser.MissingSectionHeaderError: "is before or behind a [section]",
-              configparser.DuplicateSectionError: "this [section] stands twice",
-              configparser.DuplicateOptionError: "this key stands twice in its section",
-              configparser.ParsingError: "is neither [section] nor key = value"}
-
-
-def load_configuration(path: str | None = None, environment: Mapping[str, str] = os.environ,
-                       overrides: Mapping[str, Any] = {}) -> Configuration:
-    """Read the file, else SIS_SYNC_CONFIG, else sis_sync.ini beside the module, else the defaults.
-    overrides: settings of [server]. Raises CommandError with every fault that the file has."""
-    named = path or environment.get("SIS_SYNC_CONFIG")
-    file = pathlib.Path(named or DEFAULT_FILE).absolute()
-    source = str(file) if named or file.exists() else ""
-    sections = {"server": {}, "limits": {}, **(read_ini(file) if source else {})}
-    if not any(section.startswith("institution ") for section in sections):
-        sections["institution default"] = {}
-    reading = Reading(file.parent, environment)
-    values = {section: reading.section(section, found) for section, found in sections.items()}
-    settings = {**values.pop("server"), **values.pop("limits"), **overrides}
-    institutions = [reading.institution(section, keys) for section, keys in values.items() if keys]
-    for key in ("database", "tls_certificate", "tls_key"):
-        settings[key] = settings[key] and str(file.parent / settings[key])
-    tls = reading.tls(settings["tls_certificate"], settings["tls_key"])
-    if reading.faults:
-        raise CommandError(*(f"{file}: {fault}" for fault in reading.faults))
-    for institution in institutions:
-        log.info("institution %s: secrets set: %d", institution.name, len(institution.digests))
-    if not tls and not ipaddress.ip_address(settings["host"]).is_loopback:
-        log.warning("warning: [server] host: %s is open to others, without TLS", settings["host"])
-    if not any(institution.digests for institution in institutions):
-        log.warning("warning: no institution has a secret set: every push will be answered 503")
-    return Configuration(settings, tuple(institutions), tls, source)
-
-
-def read_ini(file: pathlib.Path) -> dict[str, dict[str, str]]:
-    """The sections and keys of the file, as text. Raises CommandError."""
-    # No '%' interpolation: it breaks secrets. No [DEFAULT]: it leaks into every section.
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",),
-                                       default_section="\0", empty_lines_in_values=False)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]  # a key is spelt one way
-    parser.SECTCRE = re.compile(r"\[(?P<header>[^]]+)\]$")  # what stood behind was passed over
-    try:
-        # Notepad writes a BOM, and the locale's encoding is not UTF-8 everywhere.
-        parser.read_string(file.read_text("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
-    except configparser.Error as error:
-        lines = [line for line, _ in getattr(error, "errors", ())] or [getattr(error, "lineno", 0)]
-        raise CommandError(*(f"{file}: line {line}: {INI_FAULTS.get(type(error), 'cannot be read')}"
-                             for line in lines)) from None
-    return {section: dict(parser[section]) for section in parser.sections()}
-
-
-class Reading:
-    """One reading of a configuration. Its faults gather here, to be told at once."""
-
-    def __init__(self, folder: pathlib.Path, environment: Mapping[str, str]) -> None:
-        self.folder, self.environment = folder, environment
-        self.faults: list[str] = []
-        # By digest: nobody must be taken for another, or let in with nothing.
-        self.owners = {hashlib.sha256(b"").digest(): "no secret at all"}
-
-    def section(self, section: str, found: Mapping[str, str]) -> dict[str, Any]:
-        """The values of one section as SETTINGS says, defaults filled in; {} for an unknown one."""
-        if not SECTION.fullmatch(section):
-            words = unknown("section", section, ("server", "limits", "institution NAME"))
-            self.faults.append(f"[{section}]: {words} (NAME: a-z, 0-9, hyphens)")
-            return {}
-        known = {key: (default, read) for table, key, default, read in SETTINGS
-                 if table == section.partition(" ")[0]}
-        for key in [key for key in found if key not in known]:
-            # What looks like no key may be a secret, on a line of its own and with an = in it.
-            plain = re.fullmatch(r"(\[[^]]*\] *)?[A-Za-z_-]{0,30}", key)
-            self.faults.append(f"[{section}] {key if plain else 'what is before the ='}: "
-                               + unknown("key", key, [*known]))
-        values: dict[str, Any] = dict.fromkeys(known, "")   # with faults, nothing is made of it
-        for key, (default, read) in known.items():
-            text = found.get(key, default)
-            try:
-                if re.search(r"\s[#;]", text):
-                    raise argparse.ArgumentTypeError("a comment stands on a line of its own")
-                values[key] = read(text)
-            except argparse.ArgumentTypeError as error:
-                self.faults.append(f"[{section}] {key}: {error}")
-        return values
-
-    def institution(self, owner: str, values: Mapping[str, Any]) -> Institution:
-        """Make an institution, with digests. A secret that is not set is a warning, no fault."""
-        digests = []
-        for source in values["secrets"]:
-            scheme, _, place = source.partition(":")
-            try:
-                if scheme == "sha256":
-                    digest = bytes.fromhex(place)
-                else:
-                    secret = read_secret(str(self.folder / place) if scheme == "file" else None,
-                                         place, self.environment)
-                    if len(secret) < SHORT_SECRET:
-                        log.warning("warning: [%s] secrets: %s: shorter than %d characters", owner,
-                                    source, SHORT_SECRET)
-                    digest = hashlib.sha256(secret).digest()
-                if self.owners.setdefault(digest, owner) != owner:
-                    raise CommandError(f"one of them is also that of {self.owners[digest]}")
-                digests.append(digest)
-            except OSError as error:
-                log.warning("warning: [%s] secrets: not set: %s", owner, error)
-            except CommandError as error:
-                self.faults.append(f"[{owner}] secrets: {error}")
-        return Institution(owner.partition(" ")[2], tuple(digests),
-                           {key: values[key] for key in LISTS}, values["bad_rows"])
-
-    def tls(self, certificate: str, key: str) -> ssl.SSLContext | None:
-        if not certificate:
-            if key:
-                self.faults.append("[server] tls_key: stands without tls_certificate")
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # In TLS 1.2 a client may ask for one handshake after the other, at next to no cost to it.
-        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)       # PyPy 3.9 does not name it
-        # An end without a good-bye, which stopping makes, must not keep the answer from being sent.
-        context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)      # from Python 3.10
-        fault = f"tls_certificate: {certificate}: must be a certificate in PEM"
-        try:
-            # OpenSSL does not say which file is at fault: if not this one by itself, then the key.
-            ssl.create_default_context(cafile=certificate)
-            fault = f"tls_key: {key or certificate}: must be the certificate's key, not encrypted"
-            # Without a password to try, OpenSSL would ask the terminal for one and wait.
-            context.load_cert_chain(certificate, key or None, password="")
-        except OSError as error:        # ssl.SSLError is one
-            self.faults.append(f"[server] {fault} ({error.strerror})")
-        return context
-
-
-def unknown(what: str, name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"unknown {what}; allowed: {', '.join(known)}" + (
-        f"; did you mean {close[0]}?" if close else "")
-
-
-def read_secret(file: str | None, variable: str = "SIS_SYNC_SECRET",
-                environment: Mapping[str, str] = os.environ) -> bytes:
-    """Of a file or the environment, never an argument: those anyone on the machine can list."""
-    return check_secret(file or f"env:{variable}", pathlib.Path(file).read_bytes() if file else
-                        os.fsencode(environment.get(variable, "")))
-
-
-def check_secret(source: str, text: bytes) -> bytes:
-    """The secret in this text. Raises OSError if it is empty, CommandError if it can be none."""
-    secret = text.removeprefix(b"\xef\xbb\xbf").strip()     # Notepad writes a BOM
-    if not secret:
-        raise OSError(f"{source}: missing or empty")
-    # `sis_sync.py secret > file`, for one, writes two lines: the secret and its digest.
-    if not re.fullmatch(rb"(?i:(?!sha256:))[!-~\x80-\xff]{1,%d}" % MAX_SECRET, secret):
-        raise CommandError(f"{source}: put the secret there alone, a word of at most {MAX_SECRET} "
-                           "bytes; a sha256: line: write that line itself after secrets =")
-    return secret
-
-
-# ---------------------------------------------------------------------------------------------
-# The request: who is calling, and what was sent
-# ---------------------------------------------------------------------------------------------
-
-# SQLite has no booleans, and given some the sqlite3 module takes a quarter longer to store a row.
-STORED = {None: None, False: 0, True: 1}
-# Windows PowerShell unwraps an array of one when it pipes it to ConvertTo-Json.
-KINDS = {str: "a string", bool: "true, false or null", list: "an array, also for a single student"}
-# Kept, as 5,000 bad rows may ask for that of a list of thousands.
-casefolded = functools.lru_cache(64)(lambda listed: frozenset(map(str.casefold, listed)))
-
-
-def institution_of(authorization: str, institutions: Iterable[Institution]) -> Institution | None:
-    """Whose secret this Authorization header holds (RFC 6750 section 2.1). All are compared, so
-    that the time tells nothing; as bytes, as a str beyond ASCII has compare_digest raise."""
+    We compare with every digest, and compare_digest takes as long for a wrong one as for the right
+    one. So the time of the answer tells nothing about the secrets."""
     scheme, _, secret = authorization.partition(" ")
-    sent = secret.strip(" ").encode("latin-1", "replace")[:MAX_SECRET + 1]
-    digest = hashlib.sha256(sent).digest()
-    found = [institution for institution in institutions for known in institution.digests
-             if hmac.compare_digest(digest, known)]
-    return found[0] if found and scheme.lower() == "bearer" else None
+    # Headers were decoded as Latin-1, so this gives the bytes that were sent.
+    secret_bytes = secret.strip(" ").encode("latin-1", "replace")
+    # We cut what is longer than any secret, so that nobody can make us hash more. We keep one byte
+    # more than the longest secret has, so what was cut cannot be equal to a secret.
+    digest = sha256(secret_bytes[: MAX_SECRET + 1]).digest()
+    found = None
+    for institution in institutions:
+        for known in institution.digests:
+            if hmac.compare_digest(digest, known):
+                found = institution
+    return found if scheme.lower() == "bearer" else None
 
 
-def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address, as IPv4 if it stands in IPv6 clothes (::ffff:a.b.c.d); None if it is none."""
-    with contextlib.suppress(ValueError):
+def why_unknown(authorization: str):
+    """For the log: why nobody was found. All clients get the same answer."""
+    if not authorization:
+        return "(no Authorization header)"
+    if not fullmatch("(?i)bearer( .*)?", authorization):
+        return "(another scheme than Bearer)"
+    return "(no such secret)"
+
+
+def parse_address(text):
+    """An IPv4Address or IPv6Address, or None. An IPv4 address written as IPv6 becomes IPv4."""
+    try:
+        # A local address may name its network card: fe80::1%eth0.
         address = ipaddress.ip_address(text.partition("%")[0])
-        return getattr(address, "ipv4_mapped", None) or address
-    return None
+    except ValueError:
+        return None
+    if address.version == 6 and address.ipv4_mapped:  # ::ffff:192.0.2.1
+        return address.ipv4_mapped
+    return address
 
 
-def client_of(peer: str, forwarded_for: str = "", trusted: Sequence[Any] = ()) -> str:
-    """Who sent the request: the peer, or the one for whom a trusted proxy says it was."""
+def client_of(peer, forwarded_for, proxies):
+    """The address of the client: the peer, or if that is a trusted proxy, whom it names.
+
+    Each proxy adds the address it saw at the right end of X-Forwarded-For. So we go from right to
+    left as long as we trust the one who wrote it. For example, if we trust 10.0.0.0/8:
+
+        peer 10.0.0.1, X-Forwarded-For: 6.6.6.6, 192.0.2.7, 10.0.0.2
+
+    We trust 10.0.0.1, and it saw 10.0.0.2. We trust that, too, and it saw 192.0.2.7. We do not
+    trust that, so it is the client. It may have invented 6.6.6.6 itself."""
     address = parse_address(peer)
-    for hop in reversed(forwarded_for.split(",")):      # what others wrote is a mere claim
-        # Some proxies write 192.0.2.1:5123, or [2001:db8::1]:5123.
-        claimed = parse_address(re.sub(r"^\[([^]]*)\].*|^([^:]*):[^:]*$", r"\1\2", hop.strip()))
-        if not (address and claimed and any(address in network for network in trusted)):
+    hops = forwarded_for.split(",")  # without the header it is [""], and "" is no address
+    while hops and is_trusted(address, proxies):
+        claimed = parse_address(without_port(hops.pop().strip()))
+        if not claimed:
             break
         address = claimed
     return str(address or "-")
 
 
-def client_key(client: str) -> str:
-    """What limits count by: an address, in IPv6 its /64, as whoever has one has all 2**64."""
+def is_trusted(address, proxies):
+    """Whether this address is one of trusted_proxies. None is no address, and not trusted."""
+    return address is not None and any(address in network for network in proxies)
+
+
+def without_port(hop):
+    """The address alone. Some proxies write 192.0.2.1:5123 or [2001:db8::1]:5123."""
+    match = fullmatch(r"([0-9.]+):[0-9]+|\[(.+)\](:[0-9]+)?", hop)
+    if match:
+        return match[1] or match[2]
+    return hop
+
+
+def client_key(client):
+    """What the limits count by: the address. For IPv6 it is the network of 64 bits, because one
+    customer usually has all addresses of such a network."""
     address = parse_address(client)
-    return client if not address or address.version == 4 else str(
-        ipaddress.ip_network((address, 64), strict=False))
+    if not address or address.version == 4:
+        return client
+    network = ipaddress.ip_network(f"{address}/64", strict=False)  # clears the other 64 bits
+    return str(network)
 
 
 class RateLimiter:
-    """A token bucket for each client: 20 tokens, say, and one more every 3 seconds. All of it is
-    one number, when it is full again: with 5 tokens gone, in 15 seconds. Taking one adds 3, and is
-    refused where that comes to more than a minute (ITU-T I.371, "generic cell rate algorithm").
-    A full bucket needs no number; and whoever is forgotten for want of room has a full one."""
+    """A token bucket for each client. With 20 requests a minute, a bucket holds 20 tokens:
 
-    def __init__(self) -> None:
-        self._full_at: dict[str, float] = {}    # in order of use: `take` puts a client at the end
+    Twenty requests at once take one token each. The 21st finds none, so it is told to wait 3 s,
+    because a new token comes every 60 / 20 = 3 seconds. A refused request takes nothing. After a
+    minute without requests the bucket is full again, and it never holds more than 20."""
+
+    def __init__(self):
+        # By name: (tokens, when we counted them). The bucket that was used last stands last.
+        self._buckets = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, client: str, per_minute: int, now: float | None = None) -> int:
-        """Take a token: 0, or the whole seconds until there will be one. A refusal is free."""
-        now = time.monotonic() if now is None else now      # the wall clock would jump
-        interval = 60.0 / per_minute
+    def take(self, bucket, per_minute):
+        """Take one token. Return 0, or if there is none the seconds until there will be one."""
+        now = monotonic()  # time.time would jump when somebody sets the clock
         with self._lock:
-            full_at = max(self._full_at.pop(client, now), now)
-            wait = full_at + interval - (now + 60.0)
-            granted = wait < 1e-6       # sums of floats: the twentieth of a burst must not fail
-            self._full_at[client] = full_at + interval if granted else full_at
-            if len(self._full_at) > MAX_BUCKETS:
-                # A tenth more than needed, or a crowd of strangers would pay for this each time.
-                used = [item for item in self._full_at.items() if item[1] > now]
-                self._full_at = dict(used[-MAX_BUCKETS * 9 // 10:])
-        return 0 if granted else math.ceil(wait)
+            # An unknown bucket counts as full. We take the bucket out here and put it back below,
+            # so that it moves to the end.
+            tokens, since = self._buckets.pop(bucket, (per_minute, now))
+            tokens += (now - since) * per_minute / 60
+            tokens = min(tokens, per_minute)
+            wait = 0
+            if tokens > 1 - 1e-6:  # not >= 1, because sums of floats are not exact
+                tokens -= 1
+            else:
+                wait = math.ceil((1 - tokens) * 60 / per_minute)
+            self._buckets[bucket] = (tokens, now)
+            if len(self._buckets) > MAX_BUCKETS:
+                # We forget the bucket that was used least recently. It is probably full by now, and
+                # a full one need not be remembered. Even if an attacker with very many addresses
+                # pushes out one that is not full yet, its client only gains a few requests.
+                self._buckets.popitem(last=False)
+        return wait
 
 
-class Request:
-    """A request, and what becomes known of it on the way to its line in the log. headers: names in
-    lower case, all in latin-1. body: in pieces, as they come."""
+# ---------------------------------------------------------------------------------------------
+# Step 2: the body
+# ---------------------------------------------------------------------------------------------
 
-    def __init__(self, peer: str = "", method: str = "-", path: str = "-",
-                 headers: Mapping[str, str] = {}, body: Iterable[bytes] = ()) -> None:
-        self.peer, self.method, self.path = peer, method, path      # peer: an address
-        self.headers, self.body = headers, body
-        self.id, self.started = secrets.token_hex(8), time.monotonic()
-        self.client, self.institution = client_of(peer), "-"
-        self.counts: Counts | None = None
+# A body comes with a Content-Length, or in chunks, and perhaps compressed. If the client states a
+# size that is too large, we refuse it at once. But we do not believe a small one: we count what
+# arrives, and stop at the limit. Only then we parse.
 
-    @property
-    def milliseconds(self) -> int:
-        return round((time.monotonic() - self.started) * 1000)
-
-    @property
-    def coding(self) -> str:
-        return self.headers.get("content-encoding", "").strip().lower() or "identity"
-
-
-def check_framing(headers: Mapping[str, str]) -> None:
-    """Where a body ends must be beyond doubt, or its tail is taken for a request ("smuggling": RFC
-    9112 section 6). Two lengths come as one, joined by a comma, and are none. Raises Refusal."""
-    demand("content-length" not in headers or "transfer-encoding" not in headers,
-           "both Content-Length and Transfer-Encoding")
-    length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked")
-    # The bound is below the one at which int() refuses by itself.
-    demand(re.fullmatch("[0-9]{1,4000}", length), "Content-Length must be digits, once")
-    demand(coding.rpartition(",")[2].strip(" \t").lower() == "chunked",
-           "the last transfer coding must be chunked")
-    if "," in coding:
-        raise Refusal("not_implemented", "the only transfer coding known is chunked, once")
+PIECE = 64 * 1024  # bytes that we read at once
+MAX_DIGITS = 1000  # of a number
+MAX_BRACKETS = 8  # "]" and "}" for each student; one is needed, and a text may have some: "Al [Bo]"
+SPARE_STUDENTS = 100  # added to max_students when we count brackets and chunks, in case it is small
+# If a body is not JSON, or a file is not CSV, its first bytes may tell what it is instead. They are
+# compared with these patterns in this order: gzip; two byte order marks, or a NUL as the first or
+# second byte; JSON that ends at the end of a line; a zip archive whose first name, at byte 30, is
+# one of Excel or LibreOffice, or the old format of Excel; any zip archive. With (?s), the dot
+# matches a line end, too.
+LOOKS_LIKE = {
+    rb"\x1f\x8b": "gzip: unpack it, or name it in the header Content-Encoding",
+    rb"(?s)\xff\xfe|\xfe\xff|.?\0": "UTF-16 or UTF-32: make it UTF-8",
+    rb"\{.*\}\r?\n\{": "a document in each line: make it one, with all in students",
+    rb"(?s)PK\x03\x04.{26}(\[Content|_rels|docProps|xl/|mimetype)|\xd0\xcf\x11\xe0": (
+        'a workbook: save it as "CSV UTF-8"'
+    ),
+    rb"PK\x03\x04": "a zip archive: unpack it (if it is a OneRoster, then push its users.csv)",
+}
 
 
-def check_length(length: int, limits: Mapping[str, Any]) -> None:
-    """Raises Refusal batch_too_large past max_body_bytes."""
-    if length > limits["max_body_bytes"]:
-        raise Refusal("batch_too_large", "too many bytes: send smaller batches",
-                      max=limits["max_students"], max_bytes=limits["max_body_bytes"])
+def require(condition, words):
+    """Unless the condition holds, refuse the request, because it is not HTTP."""
+    if not condition:
+        raise Refusal("malformed_request", words)
 
 
-def check_media_type(request: Request) -> None:
-    """Raises Refusal unsupported_media_type. No Content-Type at all is let pass."""
-    kind, _, parameters = request.headers.get("content-type", "application/json").partition(";")
-    charsets = re.findall(r"(?:^|;)\s*charset\s*=\s*\"?([^\";\s]*)", parameters.lower())
-    if (kind.strip().lower() != "application/json" or not set(charsets) <= {"utf-8", "utf8"}
-            or request.coding not in ("identity", "gzip", "x-gzip")):
-        raise Refusal("unsupported_media_type", headers=(
-            ("Accept", "application/json"), ("Accept-Encoding", "gzip, identity")))
+def check_framing(headers: dict):
+    """Framing is how a request says where its body ends. There must not be two opinions about it.
+
+    A proxy in front of us may be of the other opinion. Then it takes what follows the body for a
+    second request, which we never see, or the other way round. Attackers use that to slip requests
+    past a proxy ("request smuggling", RFC 9112 section 11.2). If a header was sent twice, its two
+    values arrive here with a comma between them."""
+    length = headers.get("content-length")
+    coding = headers.get("transfer-encoding")
+    if length is not None:
+        require(coding is None, "both Content-Length and Transfer-Encoding")
+        # Not "+5" or "5_000", which int() would take. From 4,300 digits on int() raises ValueError.
+        require(fullmatch("[0-9]{1,4000}", length), "Content-Length must be digits, once")
+    if coding is not None:
+        # If the last coding is not chunked, nobody can tell where the body ends.
+        last = coding.rpartition(",")[2].strip(" \t").lower()
+        require(last == "chunked", "the last transfer coding must be chunked")
+        if "," in coding:
+            raise Refusal("not_implemented", "the only transfer coding known is chunked, once")
 
 
-def exactly(size: int, read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Just `size` bytes, in pieces as they come. Raises EOFError if they end before."""
+def check_length(length, config):
+    """Refuse a body that is too long. This many bytes are announced, or have arrived."""
+    if length > config.max_body_bytes:
+        # In the contract, "max" is always a number of students.
+        raise Refusal("too_many_bytes", max=config.max_students, max_bytes=config.max_body_bytes)
+
+
+def check_media_type(request):
+    """The body must be JSON, perhaps compressed. A missing Content-Type is accepted."""
+    content_type = request.headers.get("content-type", "application/json")
+    media_type = content_type.partition(";")[0].strip().lower()
+    coding = request.content_encoding()
+    if media_type != "application/json" or coding not in ("identity", "gzip", "x-gzip"):
+        request.note = f"(Content-Type {escape(content_type)}, Content-Encoding {escape(coding)})"
+        raise Refusal("unsupported_media_type")
+
+
+def read_body(request) -> bytearray:
+    """Read the whole body. The limit counts it both as it is sent and as it is decompressed."""
+    body = bytearray()  # a list of small pieces would take many times the memory
+    for piece in request.body:
+        body += piece
+        check_length(len(body), request.config)
+    if request.content_encoding() != "identity":
+        return unzip(body, request.config)
+    return body
+
+
+def unzip(body: bytearray, config) -> bytearray:
+    """Decompress gzip, but never more than the limit: a megabyte can become a gigabyte."""
+    decoder = zlib.decompressobj(wbits=31)  # 31 stands for gzip
+    try:
+        # One byte more than the limit is enough to tell that it is too long.
+        data = decoder.decompress(body, config.max_body_bytes + 1)
+    except zlib.error:
+        data = b""  # and decoder.eof is false
+    check_length(len(data), config)
+    # eof: the gzip came to its end. unused_data: something stands behind it.
+    if not decoder.eof or decoder.unused_data:
+        raise Refusal("malformed_json", "the gzip is broken or cut off, or something follows it")
+    return bytearray(data)  # parse_json can empty it; bytes cannot be changed
+
+
+def check_brackets(body: bytearray, max_students):
+    """Refuse a body that would become far too many objects, before it is parsed.
+
+    As text, "[],[],[],..." of 8 MiB takes 8 MiB. Parsed, it takes 360 MB and some seconds, in
+    which nobody else gets an answer. We need not look whether a bracket stands within a string."""
+    # A body of only opening brackets fails soon, as it is nested too deep. So we need only count
+    # the closing ones.
+    brackets = body.count(b"}") + body.count(b"]")
+    if brackets > MAX_BRACKETS * (max_students + SPARE_STUDENTS):
+        words = f"far more objects and arrays than {max_students} students have"
+        raise Refusal("too_many_students", words, max=max_students)
+
+
+def parse_json(body: bytearray):
+    """Make a document of a body in UTF-8. This empties the body, to save memory. If an object has
+    two members of one name, the last one counts."""
+    start = body[:1000]
+    try:
+        text = body.decode("utf-8-sig")  # "sig": PowerShell puts a byte order mark in front
+        body.clear()
+        return loads(
+            text, parse_int=parse_number, parse_float=parse_number, parse_constant=refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 at byte {error.start}"
+    except RecursionError:
+        reason = "is nested too deep"
+    except ValueError as error:
+        reason = f"is not JSON: {error}"
+    raise not_json(start, reason)
+
+
+def parse_number(text):
+    """loads calls this for each number."""
+    if len(text) > MAX_DIGITS:  # int() would take seconds for a million digits
+        raise ValueError(f"a number of more than {MAX_DIGITS} digits")
+    if fullmatch("-?[0-9]+", text):
+        return int(text)
+    number = float(text)
+    return int(number) if number.is_integer() else number  # 9.0 is an integer in JSON Schema, too
+
+
+def refuse_constant(text):
+    """loads calls this for NaN, Infinity and -Infinity, which it would accept."""
+    raise ValueError(f"{text} is not JSON")
+
+
+def not_json(body: bytearray, reason: str) -> Refusal:
+    """A refusal that says what the body may be instead."""
+    if not body:
+        reason = "is empty"
+    return Refusal("malformed_json", f"the body {reason}{looks_like(body)}")
+
+
+def looks_like(data):
+    """Words for what these bytes may be instead, or "" if that is not clear."""
+    for pattern, kind in LOOKS_LIKE.items():
+        if re.match(pattern, data[:1000]):
+            return f"; it looks like {kind}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Step 3: the rules of a batch and its rows
+# ---------------------------------------------------------------------------------------------
+
+# A bad row does not sink the batch. If somebody pushes these three students,
+#
+#     [{"student_id_ext": "U1", "email": "a@b.edu"}, {"student_id_ext": "U2"}, "Alex"]
+#
+# we keep the first, and the answer says what is wrong with the others:
+#
+#     {"received": 3, "imported": 1, ..., "errors": [
+#       {"row": 2, "field": "email", "error": "missing_field", "message": "email required"},
+#       {"row": 3, "field": null, "error": "not_an_object", "message": "a student must be ..."}]}
+#
+# Whatever passes these rules, the database must be able to hold. If one value could make it fail,
+# that value would sink a whole school's push, every night.
+
+MAX_IGNORED = 20  # unknown keys that an answer names
+KINDS = {
+    str: "a string",
+    bool: "true, false or null",
+    int: "a whole number of at most 64 bits",
+    list: "an array, also for a single student",
+}
+# What `listed` of a field may name, and the error for a value that is not in the list.
+LISTS = {"cohorts": "unknown_cohort", "programs": "unknown_program", "campuses": "unknown_campus"}
+INTEGERS = range(-(2**63), 2**63)  # what SQLite can hold
+AS_INTEGER = {True: 1, False: 0, None: None}  # SQLite has no booleans
+# What we strip from both ends of a string: the characters of WIDE_SPACE, each by itself, and the
+# white space of ASCII. Without an argument, str.strip would also take away U+001C to U+001F, which
+# are control characters and refused.
+WHITE_SPACE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+# Control characters, and halves of surrogate pairs. (A character such as an emoji is a pair in
+# JSON: "\ud83d\ude00". One half alone passes as JSON, but it is no character, and SQLite refuses
+# it.)
+FORBIDDEN = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+class BadValue(Exception):
+    """A value breaks a rule. `fault` is what the answer says of it, as in the example above."""
+
+    def __init__(self, field: str | None, words, code="invalid_field"):
+        self.fault = {"field": field, "error": code, "message": words}
+        super().__init__(words)
+
+
+class Batch(NamedTuple):
+    """What was sent, after all checks."""
+
+    cohort_id: str
+    received: int
+    records: list  # the good rows: for each a tuple of its values, in the order of FIELDS
+    errors: list  # for each bad row a dict, as in the example above
+    ignored: list  # keys that are no fields
+
+
+# Names that the database needs for itself.
+TAKEN = "entry_id roster_id institution created_at changed_at seen_at seen_in created changed seen"
+
+
+def check_fields():
+    """Refuse a row of FIELDS that cannot work, when the program starts."""
+    taken = TAKEN.split()
+    for field in (COHORT, *FIELDS):
+        name = field.name.lower()  # to SQL, capitals make no difference
+        if field.kind is str:
+            usable = field.listed in ("", *LISTS)
+        else:  # only a string can have a length, a pattern and a list
+            rules = (field.longest, field.pattern, field.listed)
+            usable = field.kind in (bool, int) and rules == (255, "", "")  # the defaults of Field
+        if not usable or not name.isidentifier() or name in taken:
+            raise ValueError(f"a name in use, a wrong kind, list or rule: {field}")
+        taken.append(name)
+        re.compile(field.pattern)  # raises re.error
+
+
+check_fields()
+
+
+def check_batch(document, institution, max_students) -> Batch:
+    """Check a whole body. Bad rows are reported in the batch; any other fault is a Refusal."""
+    if not isinstance(document, dict):
+        raise Refusal("invalid_field", "the body must be an object", field="body")
+    cohort_id = check_member(document, COHORT, institution)
+    students = check_member(document, STUDENTS, institution)
+    if len(students) > max_students:
+        words = f"{len(students)} students in one request; at most {max_students}"
+        raise Refusal("too_many_students", words, max=max_students)
+    # The same result as that of check_rows, but faster: see the end of this chapter.
+    records, errors = check_quickly(students, institution)
+    ignored = unknown_keys(document, students)
+    return Batch(cohort_id, len(students), records, errors, ignored)
+
+
+def check_member(document, field, institution):
+    """The value of cohort_id or students. If it is bad, the whole batch is."""
+    try:
+        return check_value(field, document.get(field.name), institution)
+    except BadValue as bad:
+        code = bad.fault["error"]
+        refusal = Refusal(code, bad.fault["message"], field=field.name)
+        if code == "missing_field":
+            # The log must not have this, as a key may be a student's name. It does not: a Refusal
+            # makes its words for the log at the beginning.
+            refusal.document["detail"] += (
+                f"; the body has: {', '.join(shortened(document)) or 'nothing'}"
+            )
+        raise refusal from None
+
+
+def unknown_keys(document, students) -> list:
+    """The keys that are no fields, in order of their names. "firstName" may be a mistake."""
+    keys: set = set()
+    for student in students:
+        if isinstance(student, dict):
+            keys.update(student)
+    unknown = keys.difference(NAMES)
+    unknown |= set(document) - {COHORT.name, STUDENTS.name}
+    return shortened(unknown)
+
+
+def shortened(keys) -> list:
+    """Keys as an answer shows them: not too many, and none of them too long."""
+    return sorted({key[:64] for key in keys})[:MAX_IGNORED]
+
+
+def check_rows(students, institution) -> tuple:
+    """Return the good rows as records, and for each bad row what is wrong with it."""
+    records = []
+    errors = []
+    seen: set = set()
+    for row, student in enumerate(students, 1):
+        try:
+            records.append(check_row(student, institution, seen))
+        except BadValue as bad:
+            errors.append({"row": row, **bad.fault})
+    return records, errors
+
+
+def check_row(student, institution, seen) -> tuple:
+    """The record of one student. Raises BadValue for the first fault, in the order of FIELDS.
+
+    `seen` holds the values of KEY in the rows higher up, whether these were good or not."""
+    if not isinstance(student, dict):
+        raise BadValue(None, "a student must be an object", "not_an_object")
+    record = []
+    for field in FIELDS:
+        value = check_value(field, student.get(field.name), institution)
+        if field is KEY:
+            if value in seen:
+                words = f"the same {KEY.name} stood higher up in the batch"
+                raise BadValue(KEY.name, words, "duplicate_student")
+            seen.add(value)
+        record.append(value)
+    return tuple(record)
+
+
+def check_value(field, value, institution):
+    """Return the value as it is kept: stripped, and None if it is empty. Raises BadValue."""
+    name = field.name
+    if field.kind is str and isinstance(value, str):
+        value = value.strip(WHITE_SPACE) or None
+    if value is None:
+        if field.required:
+            raise BadValue(name, f"{name} required", "missing_field")
+        return None
+    kind = type(value)  # isinstance would say that True is an int
+    if kind is not field.kind or (kind is int and value not in INTEGERS):
+        raise BadValue(name, f"{name} must be {KINDS[field.kind]}")
+    if kind is str:
+        check_text(field, value)
+    allowed = institution.lists.get(field.listed)  # None if the field has no list
+    if allowed and value not in allowed:
+        words = f"{name} is not in the institution's list of {field.listed}; capitals count"
+        raise BadValue(name, words, LISTS[field.listed])
+    if kind is bool:
+        return AS_INTEGER[value]
+    return value
+
+
+def check_text(field, text):
+    """Raises BadValue if a string, already stripped, breaks a rule."""
+    name = field.name
+    forbidden = FORBIDDEN.search(text)
+    if forbidden:
+        words = "no control character and no half of a surrogate pair may be in it"
+        raise BadValue(name, f"{name} holds U+{ord(forbidden[0]):04X}: {words}")
+    if len(text) > field.longest:
+        raise BadValue(name, f"{name} must be at most {field.longest} characters")
+    if field.pattern and not fullmatch(field.pattern, text):
+        raise BadValue(name, f"{name} must be {field.meaning}")
+
+
+# A SHORT CUT, ONLY FOR SPEED. You can skip the rest of this chapter: `check_quickly` gives the same
+# result as `check_rows`, in half the time. Nearly every batch is clean, which means that no row has
+# a fault, and that no value needs a change. To find that out for a whole column takes a few calls
+# of functions written in C, while `check_rows` makes five calls in Python for each student. A test
+# compares the two with random columns.
+
+
+def check_quickly(students, institution) -> tuple:
+    """What check_rows returns."""
+    if not set(map(type, students)) <= {dict}:  # a set of types, in which only dict may be
+        return check_rows(students, institution)
+    columns = []
+    for field in FIELDS:
+        column = [student.get(field.name) for student in students]
+        if not is_clean(field, column, institution.lists.get(field.listed)):
+            return check_rows(students, institution)
+        if field.kind is bool:
+            column = [AS_INTEGER[value] for value in column]
+        columns.append(column)
+    return list(zip(*columns)), []  # zip makes rows of columns
+
+
+def is_clean(field, column, allowed):
+    """Whether check_value would return each value of this column just as it is."""
+    kinds = {field.kind} if field.required else {field.kind, type(None)}
+    if not kinds.issuperset(map(type, column)):
+        return False
+    values = set(column) - {None}
+    if field is KEY and len(values) < len(column):
+        return False  # a duplicate
+    if field.kind is str:
+        return texts_are_clean(field, values) and (not allowed or values <= allowed)
+    return field.kind is bool or all(value in INTEGERS for value in values)
+
+
+def texts_are_clean(field, values):
+    """Whether check_text finds no fault in any of these, and none of them needs stripping."""
+    matches = re.compile(field.pattern).fullmatch
+    return (
+        "" not in values
+        and max(map(len, values), default=0) <= field.longest
+        and not FORBIDDEN.search("".join(values))
+        # If str.strip changed one of them, the set would have another value in its place, or one
+        # value fewer. (It would also strip some control characters that are not in WHITE_SPACE. But
+        # the line above has found none.)
+        and set(map(str.strip, values)) == values
+        and (not field.pattern or all(map(matches, values)))
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Step 4: the database
+# ---------------------------------------------------------------------------------------------
+
+# A sync inserts the rows that are new and updates those that are known. It deletes nobody: if a
+# push is cut short, the others must not vanish. The times say when an entry was created, when it
+# last changed, and when a sync last named it. For example, sync 2 at time 200 sends U1 unchanged,
+# U2 with another address, and U4:
+#
+#     before     created changed seen  in      after        created changed seen  in
+#     U1 a@b.edu     100     100  100   1      U1 a@b.edu       100     100  200   2
+#     U2 c@d.edu     100     100  100   1      U2 new@d.edu     100     200  200   2
+#     U3 e@f.edu     100     100  100   1      U3 e@f.edu       100     100  100   1
+#                                              U4 g@h.edu       200     200  200   2
+#
+# The counts are then: received 3, new 1, updated 2, unchanged 1. In the words of the contract, a
+# row is "updated" if its entry was known, and "unchanged" if the entry had just these values
+# already. So the unchanged ones are a part of the updated ones.
+#
+# "in" is `seen_in`, the number of the sync that last named the entry. It tells who has left: see
+# `leavers`, among the commands. The times cannot tell that, because the clock of a host without
+# internet may be wrong.
+#
+# SQLite collects what is new in a second file, the write-ahead log, or WAL ("sis_sync.db-wal"), and
+# brings it into the database now and then. That is a checkpoint. So readers and a writer do not
+# wait for each other.
+
+SCHEMA_VERSION = 3
+OLDEST_VERSION = 2  # older databases cannot be brought to this version
+HISTORY_SYNCS = 10_000  # kept of each institution
+HISTORY_ERRORS = 100  # row errors kept of each sync
+
+
+class Counts(NamedTuple):
+    """What a sync did to the rows."""
+
+    received: int = 0
+    new: int = 0
+    updated: int = 0  # the known ones
+    unchanged: int = 0  # those of the updated that had the same values already
+    rejected: int = 0
+
+
+def quoted(names, before=""):
+    """Column names in SQL: "email", "group". Quoted, a name can be any word, even one of SQL's.
+    `before` stands in front of each name, such as "excluded." below."""
+    return ", ".join(f'{before}"{name}"' for name in names)
+
+
+# The column of each field: {"student_id_ext": "TEXT", ..., "first_in_family": "INTEGER"}
+COLUMNS = {field.name: "TEXT" if field.kind is str else "INTEGER" for field in FIELDS}
+COLUMN_LINES = "".join(f'\n    "{name}" {kind},' for name, kind in COLUMNS.items())
+# Times are whole seconds since 1970, in UTC. One row of `entries`, as SQLite prints it:
+#     1|1|U2025001|alex.connor@student.example.edu.au|Alex|Connor|BUSI||0|1790000000|1790000000|...
+TABLES = (
+    """
+CREATE TABLE IF NOT EXISTS rosters (
+    roster_id INTEGER PRIMARY KEY,
+    institution TEXT NOT NULL,
+    cohort_id TEXT NOT NULL,
+    UNIQUE (institution, cohort_id)
+)""",
+    f"""
+CREATE TABLE IF NOT EXISTS entries (
+    entry_id INTEGER PRIMARY KEY,
+    roster_id INTEGER NOT NULL REFERENCES rosters (roster_id),{COLUMN_LINES}
+    created_at INTEGER NOT NULL,
+    changed_at INTEGER NOT NULL,
+    seen_at INTEGER NOT NULL,
+    seen_in INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (roster_id, "{KEY.name}")
+)""",
+    """
+CREATE TABLE IF NOT EXISTS syncs (
+    sync_id INTEGER PRIMARY KEY,
+    time INTEGER NOT NULL,
+    institution TEXT NOT NULL,
+    cohort_id TEXT NOT NULL,
+    client TEXT NOT NULL,
+    received INTEGER NOT NULL,
+    new INTEGER NOT NULL,
+    updated INTEGER NOT NULL,
+    unchanged INTEGER NOT NULL,
+    rejected INTEGER NOT NULL,
+    milliseconds INTEGER NOT NULL,
+    errors TEXT NOT NULL,
+    forgotten INTEGER NOT NULL DEFAULT 0  -- entries that the command `forget` erased later
+)""",
+    "CREATE INDEX IF NOT EXISTS syncs_by_institution ON syncs (institution)",
+)
+# For each version the statements that turn the version before into it. Version 2 knew when an entry
+# was last named, but not by which sync. So we take the last sync that the cohort had at that time.
+# (A table with an index holds these syncs. To search `syncs` for each entry would take minutes.)
+MIGRATIONS = {
+    3: (
+        "ALTER TABLE entries ADD COLUMN seen_in INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE syncs ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0",
+        """
+CREATE TEMPORARY TABLE last_syncs AS
+SELECT roster_id, time, max(sync_id) AS sync_id
+FROM syncs JOIN rosters USING (institution, cohort_id) GROUP BY roster_id, time""",
+        "CREATE UNIQUE INDEX temp.last_syncs_by_time ON last_syncs (roster_id, time)",
+        """
+UPDATE entries SET seen_in = coalesce((
+    SELECT sync_id FROM last_syncs
+    WHERE last_syncs.roster_id = entries.roster_id AND time = seen_at), 0)
+-- 0 if the history does not have that sync any more""",
+        "DROP TABLE last_syncs",
+    )
+}
+
+
+# SQL that shows a time as 2026-02-03T04:05:06Z.
+AS_TEXT = "strftime('%Y-%m-%dT%H:%M:%SZ', {0}, 'unixepoch') AS {1}"
+# What other programs read. They rely on these names of columns, so none of them ever goes away.
+# When the tables change, we make the views anew. (The table `rosters` has a row for each roster,
+# and the view `roster` for each student.)
+VIEWS = (
+    "DROP VIEW IF EXISTS roster",
+    f"""
+CREATE VIEW roster AS SELECT institution, cohort_id, {quoted(NAMES)},
+    {AS_TEXT.format("created_at", "created")},
+    {AS_TEXT.format("changed_at", "changed")},
+    {AS_TEXT.format("seen_at", "seen")}
+FROM entries JOIN rosters USING (roster_id)""",
+    "DROP VIEW IF EXISTS history",
+    f"""
+CREATE VIEW history AS SELECT
+    sync_id, {AS_TEXT.format("time", "time")}, institution, cohort_id, client,
+    received, new, updated, unchanged, rejected, milliseconds, errors
+FROM syncs""",
+)
+# A PRAGMA sets an option of SQLite. By default, SQLite makes a checkpoint when the WAL has 1,000
+# pages of 4 KB. A batch of 5,000 students writes 500, so every other push would wait for one: a
+# fifth of all time went into that. With 4,096 pages, hardly any push waits.
+PRAGMAS = """
+PRAGMA synchronous = FULL;             -- COMMIT returns when everything is on disk
+PRAGMA fullfsync = ON;                 -- on macOS, "on disk" needs this
+PRAGMA temp_store = MEMORY;            -- a full folder for temporary files must not stop a push
+PRAGMA secure_delete = ON;             -- overwrite what is deleted, for `forget`
+PRAGMA wal_autocheckpoint = 4096;
+PRAGMA journal_size_limit = 16777216;  -- bytes; a WAL that a slow reader made longer is cut again
+"""
+
+
+def open_database(path, for_reading=False) -> sqlite3.Connection:
+    """Open a database that exists. Raises sqlite3.Error."""
+    # mode=rw does not create a file for a mistyped path. A reader opens with rw, too, and only
+    # promises not to write (query_only). Even a reader may have to create the WAL, and whoever
+    # closes last removes it. With mode=ro it could not remove it. So the WAL of a reader who is
+    # root would stay, and the server could not open it.
+    uri = Path(path).absolute().as_uri() + "?mode=rw"
+    connection = sqlite3.connect(
+        uri,
+        uri=True,
+        timeout=BUSY_TIMEOUT,  # how long SQLite waits for the lock of another connection
+        isolation_level=None,  # we begin transactions ourselves; the module would begin some, too
+        check_same_thread=False,  # many threads use it, but only one at a time
+    )
+    connection.executescript(PRAGMAS)
+    connection.execute(f"PRAGMA query_only = {int(for_reading)}")
+    return connection
+
+
+# A function with @contextmanager is made for `with`. It runs up to `yield` when the block below
+# `with` begins, and goes on behind `yield` when the block has ended. If the block raises an
+# exception, it comes out of the `yield`.
+@contextmanager
+def read_only(path, oldest=SCHEMA_VERSION):
+    """A database for reading, whether a server runs on it or not. Raises CommandError if it is not
+    there, or of a version before `oldest`."""
+    if not os.path.exists(path):
+        raise CommandError(f"{path}: there is no database yet; a start makes it")
+    try:
+        with closing(open_database(path, for_reading=True)) as connection:
+            if schema_version(connection) < oldest:
+                raise CommandError(f"{path}: is of an older version: start the server once")
+            connection.row_factory = sqlite3.Row  # a row knows its columns by name
+            yield connection
+    except sqlite3.Error as error:
+        raise CommandError(f"{path}: {error}") from error
+
+
+def schema_version(connection):
+    """The version of a database, or 0 if it is empty. Raises DatabaseError if it is not ours."""
+    # One statement, because another process may be making the tables just now. sqlite_master is
+    # SQLite's own table of all tables and views. user_version is a number in the file that SQLite
+    # leaves to us; one can read it as a PRAGMA, or as a table.
+    cursor = connection.execute(
+        """
+SELECT
+    user_version,
+    (SELECT count(*) FROM sqlite_master),
+    (SELECT count(*) FROM sqlite_master WHERE name IN ('rosters', 'entries', 'syncs'))
+FROM pragma_user_version"""
+    )
+    version, everything, ours = cursor.fetchone()
+    if ours < 3 and (version or everything):
+        raise sqlite3.DatabaseError("this is a database of another program")
+    if ours == 3 and not OLDEST_VERSION <= version <= SCHEMA_VERSION:
+        words = f"this program knows versions {OLDEST_VERSION} to {SCHEMA_VERSION}"
+        raise sqlite3.DatabaseError(f"the database is of version {version}, and {words}")
+    return version
+
+
+def prepare_database(path):
+    """Make the file, its tables and its views if they are not there. Return whether it is new.
+    Other processes may do the same at the same moment."""
+    is_new = not os.path.exists(path)
+    # If it is not there, this makes it, for its owner alone. SQLite would let others read it.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    with closing(open_database(path)) as connection:
+        schema_version(connection)  # raises an error if it is not ours, before we change anything
+        if os.name == "posix":  # Windows has no such modes
+            protect(path)
+        switch_to_wal(connection)
+        bring_up_to_date(connection, "COMMIT")
+    return is_new
+
+
+def rehearse(path):
+    """Find out whether prepare_database would work, and change nothing. We prepare a new database
+    in a temporary folder, which stands beside ours, so that a full disk shows. Then, if ours
+    exists, we make the same changes to it and roll them back."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        prepare_database(os.path.join(folder, "sis_sync.db"))
+    if os.path.exists(path):
+        os.close(os.open(path, os.O_RDWR))  # an error, if we may only read it
+        with closing(open_database(path)) as connection:
+            bring_up_to_date(connection, "ROLLBACK")
+
+
+def bring_up_to_date(connection, end):
+    """Execute what is missing, in one transaction that ends with COMMIT or ROLLBACK."""
+    connection.execute("BEGIN IMMEDIATE")  # see `Database.transaction`
+    for statement in missing_statements(connection):
+        connection.execute(statement)
+    connection.execute(end)
+
+
+def missing_statements(connection) -> list:
+    """What must be executed to bring a database to this version. For most it is nothing."""
+    statements: list = []
+    version = schema_version(connection)
+    if version == 0:
+        statements += TABLES
+    for number, changes in MIGRATIONS.items():
+        if 0 < version < number:
+            statements += changes
+    known = {row[1] for row in connection.execute("PRAGMA table_info(entries)")}
+    for name, kind in COLUMNS.items():
+        if known and name not in known:  # of a new database no column is known yet
+            # A field that is new in FIELDS becomes a column. It is null in the entries there are.
+            statements.append(f'ALTER TABLE entries ADD COLUMN "{name}" {kind}')
+    if statements:
+        statements += [*VIEWS, f"PRAGMA user_version = {SCHEMA_VERSION}"]
+    return statements
+
+
+def protect(path):
+    """Let nobody but the owner read the database. SQLite gives its other files the same mode."""
+    # It fails for a file of another user, and on disks without modes (exFAT, CIFS).
+    with suppress(OSError):
+        os.chmod(path, 0o600)
+    if os.stat(path).st_mode & 0o077:
+        log.warning(f"warning: other users of this machine may read {path}")
+
+
+def switch_to_wal(connection):
+    """Make SQLite keep a WAL. For this one statement it does not wait for the lock of another
+    process, so we do."""
+    deadline = monotonic() + BUSY_TIMEOUT
+    mode = ""
+    while not mode:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError:
+            if monotonic() > deadline:
+                raise
+            sleep(0.05)
+    if mode != "wal":
+        raise sqlite3.DatabaseError("this disk does not allow a write-ahead log")
+
+
+# SQLite before 3.32 takes at most 999 values in one statement. Five of them are for all rows.
+ROWS_AT_ONCE = (999 - 5) // len(FIELDS)
+
+
+def upsert(number_of_rows):
+    """The statement that stores this many rows. For one row, and with two of the fields, it is:
+
+        INSERT INTO entries
+            (roster_id, seen_in, created_at, changed_at, seen_at, "student_id_ext", "email")
+        SELECT ?, ?, ?, ?, ?, sent.* FROM (VALUES (?, ?)) AS sent WHERE true
+        ON CONFLICT (roster_id, "student_id_ext") DO UPDATE SET  -- if the roster has this key:
+            ("email") = (excluded."email"),  -- "excluded" is the row that was sent
+            seen_in = excluded.seen_in,
+            seen_at = excluded.seen_at,
+            changed_at = CASE
+                WHEN ("email") IS NOT (excluded."email")  -- any differs; IS NOT knows NULL
+                THEN changed(max(created_at, excluded.changed_at))
+                ELSE changed_at END
+
+    A name alone, such as "email", is the entry as it was before, and excluded.changed_at is the
+    present time. But if the clock was set back, an entry shall not change before it was created:
+    hence max(). changed() is a function of Database: it returns its argument, and adds one to a
+    counter.
+
+    One statement for many rows takes half the time of many statements. INSERT OR REPLACE would be
+    wrong: it deletes the known row first, and with it the time when it was created. Without
+    "WHERE true", SQLite would take the words ON CONFLICT for the ON of a join."""
+    row = f"({', '.join('?' * len(FIELDS))})"
+    values = ", ".join([row] * number_of_rows)
+    stored = quoted(NAMES[1:])  # all but the key
+    sent = quoted(NAMES[1:], "excluded.")
+    return f"""
+INSERT INTO entries (roster_id, seen_in, created_at, changed_at, seen_at, {quoted(NAMES)})
+SELECT ?, ?, ?, ?, ?, sent.* FROM (VALUES {values}) AS sent WHERE true
+ON CONFLICT (roster_id, "{KEY.name}") DO UPDATE SET
+    ({stored}) = ({sent}),
+    seen_in = excluded.seen_in,
+    seen_at = excluded.seen_at,
+    changed_at = CASE WHEN ({stored}) IS NOT ({sent})
+        THEN changed(max(created_at, excluded.changed_at)) ELSE changed_at END"""
+
+
+class Database:
+    """The database as the server uses it: one connection, used by one thread at a time."""
+
+    def __init__(self, path, rehearsal=False):
+        self.path = os.path.realpath(path)
+        self._connection = None  # or a sqlite3.Connection
+        self._files = {}  # the database and its log: what os.stat said when we opened them
+        self._changed = 0  # known rows that got other values in this sync
+        try:
+            prepare = rehearse if rehearsal else prepare_database
+            self.is_new = prepare(self.path)
+        except (OSError, sqlite3.Error) as error:
+            words = getattr(error, "strerror", error)  # a sqlite3.Error has no strerror
+            raise CommandError(f"{self.path}: {words}") from error
+
+    def open(self) -> sqlite3.Connection:
+        """Open the database. From now on `check_files` compares with what is there now."""
+        connection = open_database(self.path)
+        connection.create_function("changed", 1, self._count_changed)
+        # The PRAGMAs of open_database have made the WAL, if there was none.
+        self._files = {path: os.stat(path) for path in (self.path, f"{self.path}-wal")}
+        self._connection = connection
+        return connection
+
+    def _count_changed(self, moment):
+        """SQLite calls this for each known row that gets other values: see `upsert`."""
+        self._changed += 1
+        return moment
+
+    def check_files(self):
+        """Raises OSError if somebody deleted or replaced our files. SQLite does not notice: it goes
+        on writing to the deleted ones, and all of that is lost when they are closed. (If we have
+        not opened any yet, there is nothing to compare.)"""
+        for path, opened in self._files.items():
+            if not os.path.samestat(os.stat(path), opened):
+                raise OSError(f"{path} was replaced by another file")
+
+    def try_to_close(self):
+        """Make a checkpoint, and close. But keep the connection if the checkpoint is not possible.
+
+        Without a checkpoint rows would be lost in these cases:
+
+        1. Another database was put in place of ours. Whoever opens it next finds our WAL beside it,
+           and SQLite brings that into the wrong database. A checkpoint empties the WAL.
+        2. Somebody reads, and the WAL was deleted. Then no checkpoint is possible, and only our
+           connection still holds what was in the WAL."""
+        if not self._connection:
+            return
+        with suppress(sqlite3.Error):
+            self._connection.rollback()
+            self._connection.execute("PRAGMA busy_timeout = 0")  # do not wait for a reader
+            busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._connection.execute(f"PRAGMA busy_timeout = {1000 * BUSY_TIMEOUT:.0f}")
+            if not busy:
+                self._connection.close()
+                self._connection = None
+                self._files = {}
+
+    @contextmanager
+    def transaction(self):
+        """All or nothing. When this ends without an exception, everything is on disk."""
+        try:
+            connection = self._connection or self.open()
+            # IMMEDIATE takes the lock for writing at once. Without it we begin as a reader, and
+            # if another process then writes first, SQLite refuses us without any waiting.
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            # Only BEGIN waits for a lock, and nothing has been written before it. (In Python 3.9 an
+            # error has no code. Its words tell that the database is locked.)
+            if "locked" in str(error):
+                raise Refusal("busy", "the database is locked: try again", retry_after=1) from error
+            self.try_to_close()
+            raise
+        try:
+            yield connection
+            connection.execute("COMMIT")
+            # Now, because the files may have been deleted since BEGIN. Then all of this will be
+            # lost, and the client must not be told that it is on disk.
+            self.check_files()
+        except BaseException:
+            # The next transaction opens the database again. If the file was deleted, that fails,
+            # too (mode=rw makes no file), until somebody puts it back or restarts the server.
+            self.try_to_close()
+            raise
+
+    def store_batch(self, request, batch) -> Counts:
+        """Store the good rows of a batch and a line in the history: both, or nothing."""
+        names = (request.institution, batch.cohort_id)
+        with self.transaction() as connection:
+            now = int(time.time())
+            rows = connection.execute(
+                "SELECT sync_id, time FROM syncs ORDER BY sync_id DESC LIMIT 1"
+            )
+            last_sync, last_time = rows.fetchone() or (0, 0)
+            if now < last_time:
+                log.warning("warning: the clock is behind the time of the last sync")
+            connection.execute("INSERT OR IGNORE INTO rosters VALUES (NULL, ?, ?)", names)
+            (roster_id,) = connection.execute(
+                "SELECT roster_id FROM rosters WHERE institution = ? AND cohort_id = ?", names
+            ).fetchone()
+            # The row of this sync, inserted below, gets the next number. The others of these values
+            # are created_at, changed_at and seen_at.
+            new = self._store_rows(
+                connection, batch.records, (roster_id, last_sync + 1, now, now, now)
+            )
+            updated = len(batch.records) - new
+            unchanged = updated - self._changed
+            counts = Counts(batch.received, new, updated, unchanged, len(batch.errors))
+            errors = dumps(batch.errors[:HISTORY_ERRORS])
+            connection.execute(
+                "INSERT INTO syncs (time, institution, cohort_id, client, milliseconds, errors, "
+                f"{quoted(Counts._fields)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (now, *names, request.client, request.milliseconds(), errors, *counts),
+            )
+            # Delete the 10,001st sync from the end, and all before it. (If there are fewer, the
+            # inner SELECT is NULL, and nothing is smaller.) We keep a number of syncs, not a number
+            # of days, because of wrong clocks. The newest sync stays, so no sync_id is used twice.
+            connection.execute(
+                "DELETE FROM syncs WHERE institution = ? AND sync_id <= (SELECT sync_id FROM syncs "
+                "WHERE institution = ? ORDER BY sync_id DESC LIMIT 1 OFFSET ?)",
+                (request.institution, request.institution, HISTORY_SYNCS),
+            )
+        return counts
+
+    def _store_rows(self, connection, records, common):
+        """Store the rows, and return how many are new. `common` are the values of all rows."""
+        self._changed = 0
+        # SQLite gives each new entry the number behind the largest one. We hold the lock, so nobody
+        # else adds entries, and the largest number grows by one for each new entry.
+        last_entry = "SELECT coalesce(max(entry_id), 0) FROM entries"
+        (before,) = connection.execute(last_entry).fetchone()
+        for start in range(0, len(records), ROWS_AT_ONCE):
+            rows = records[start : start + ROWS_AT_ONCE]
+            values = itertools.chain.from_iterable(rows)
+            connection.execute(upsert(len(rows)), (*common, *values))
+        (after,) = connection.execute(last_entry).fetchone()
+        return after - before
+
+
+# ---------------------------------------------------------------------------------------------
+# The built-in server
+# ---------------------------------------------------------------------------------------------
+
+# One thread accepts connections, and each connection gets a thread of its own. It reads one
+# request, calls Service.handle, writes one answer, and closes. Nothing that a client does may hold
+# up the others: each has a deadline, and there is a limit to the connections, and for each client.
+#
+# So that two threads do not change the same thing at the same time, there are three locks. A thread
+# holds the turn for a whole batch, and each of the others for a moment:
+#
+#     Service.turn            the database, and the memory that a parsed batch takes
+#     RateLimiter._lock       the buckets
+#     Server.streams_changed  the set of open connections
+#
+# This is the life of a connection. Its state says how far it is:
+#
+#     accepted ----> "head" ----> "request" ----> "answer" ----> closed
+#         |          we read      we work         we write, and the client reads
+#         `--------> "refused" ----------------------^
+#                    there are too many connections, and we only say so
+# Handler sets its state, in the thread of the connection; only "refused" is set by Server. When the
+# server stops, it lets requests finish, and waits for nothing else.
+#
+# Three classes of the standard library do what is always the same. We build on them by methods with
+# names that they call:
+#
+#     io.BufferedReader                   reads lines and pieces from our Stream: calls readinto
+#     http.server.BaseHTTPRequestHandler  one connection: calls setup, handle, finish of Handler
+#     http.server.ThreadingHTTPServer     accepts: calls get_request, process_request,
+#                                         shutdown_request, handle_error of Server
+#
+# But the head of a request we read ourselves, by these patterns of RFC 9112. The handler of the
+# library would accept a bare CR as the end of a line, any white space of Unicode as a space, two
+# Host headers, and HTTP/0.9; it would drop all headers behind a faulty one, and report errors in
+# HTML. A proxy in front of us may read the same bytes in another way, and that is how attackers get
+# past it. (When you read this for the first time, the examples above the patterns are enough.)
+
+MAX_REQUEST_LINE = 8 * 1024  # bytes; RFC 9112 section 3 recommends at least 8,000
+MAX_HEAD = 16 * 1024  # bytes of headers, as Node has it
+MAX_HEADERS = 100  # lines, as Apache has it
+MAX_CHUNK_LINE = 256  # bytes
+MAX_CHUNKS = 100  # for each student; a client that sends each word of JSON in a chunk needs 30
+MAX_REFUSED = 100  # connections that are being told "busy" at one time
+REFUSED_SECONDS = 2.0  # the time that each of these has
+SHUTDOWN_TIMEOUT = 10.0  # seconds that requests have to finish when the server stops
+OPEN_FILES = 10_240  # that we ask the system for; each connection is one; macOS gives no more
+SPARE_FILES = MAX_REFUSED + 50  # kept for other things: refused connections, the database
+
+# CR LF ends each line. (str.split and str.strip would also accept the white space of Unicode, and
+# int() would accept signs, underscores and Arabic digits.)
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# "POST /api/sis/sync HTTP/1.1"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
+# "/api/sis/sync?x=1", or as it is sent to a proxy: "http://sync.example.edu/api/sis/sync"
+TARGET = re.compile(r"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?[^#]*)?")
+# "Content-Type: application/json"
+HEADER_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)\r\n")
+# "sync.example.edu", "192.0.2.1:8080", "[2001:db8::1]:8080", "a%20b"
+PLAIN_NAME = r"(?:[!$&-+.0-9;=A-Z_a-z~-]|%[0-9A-Fa-f]{2})+"
+HOST = re.compile(rf"(?:{PLAIN_NAME}|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::[0-9]*)?")
+# "1f4", the size of a chunk, or with an extension, which RFC 9112 allows: '1f4;name="a value"'
+QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+EXTENSION = rf"[ \t]*;[ \t]*{TOKEN}(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED}))?"
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:{EXTENSION})*\r\n")
+
+
+def check_host(text):
+    """Refuse what is not HOST or HOST:PORT."""
+    match = HOST.fullmatch(text)
+    is_host = match and (not match["ipv6"] or parse_address(match["ipv6"]))
+    require(is_host, "the host must be NAME:PORT or [ADDRESS]:PORT, once")
+
+
+def read_exactly(size, read: Callable):
+    """Yield this many bytes, in pieces as they arrive. Raises EOFError if they end too early.
+
+    This is a generator: it runs only while somebody loops over it, from one `yield` to the next.
+    So it reads nothing before `read_body` asks for the first piece. The built-in server gives it a
+    function that reads from the network (and never returns too little), and WSGI another one."""
     while size:
         piece = read(min(size, PIECE))
         if not piece:
@@ -587,1812 +1571,2158 @@ def exactly(size: int, read: Callable[[int], bytes]) -> Iterator[bytes]:
         yield piece
 
 
-def unzipped(pieces: Iterable[bytes], limits: Mapping[str, Any]) -> Iterator[bytes]:
-    """What one gzip member holds, never more than PIECE at a time. (The gzip module scans a long
-    header byte by byte, and takes any number of empty members: seconds of work in one request.)"""
-    unzip, size, piece = zlib.decompressobj(wbits=31), 0, b""   # piece: in the end, what is left
-    with contextlib.suppress(zlib.error):
-        for piece in pieces:
-            size += len(piece)
-            check_length(size, limits)      # a header, or empty blocks, may go on for ever
-            while piece and not unzip.eof:
-                yield unzip.decompress(piece, PIECE)
-                piece = unzip.unconsumed_tail or unzip.unused_data
-            if piece:
-                break
-    if piece or not unzip.eof:
-        raise Refusal("malformed_json", "broken or cut off gzip, or more than one member")
-
-
-def read_body(request: Request, limits: Mapping[str, Any]) -> bytearray:
-    """The whole body, decompressed; the cap counts what it becomes, too: a bomb is small before."""
-    body = bytearray()          # one buffer: 8 MiB in a list of small pieces would take 600 MB
-    for piece in request.body if request.coding == "identity" else unzipped(request.body, limits):
-        body += piece
-        check_length(len(body), limits)
-    return body
-
-
-def numeral(text: str) -> int:
-    """0 for every number, as no field is one. Raises ValueError for what is no number of JSON."""
-    if text in ("NaN", "Infinity", "-Infinity"):
-        raise ValueError(f"{text} is not JSON")
-    if len(text) > MAX_NUMBER:
-        raise ValueError(f"a number of more than {MAX_NUMBER} digits")
-    return 0
-
-
-def parse_json(body: bytearray) -> object:
-    """Empties the body. Raises Refusal malformed_json, with why, and what it looks like instead."""
-    start = bytes(body[:PIECE])
-    try:
-        # json.loads(bytes) takes UTF-16 and half surrogates, too. "sig" takes PowerShell's BOM off.
-        text = body.decode("utf-8-sig")
-        body.clear()                # text and tree are enough to have in memory
-        return json.loads(text, parse_int=numeral, parse_float=numeral, parse_constant=numeral)
-    except UnicodeDecodeError as error:
-        reason = f"the body is not UTF-8 at byte {error.start}: send it as UTF-8"
-    except RecursionError:
-        reason = "the body is nested too deep"
-    except ValueError as error:     # json.JSONDecodeError is one
-        reason = f"the body is not JSON: {error}" if start else "the body is empty"
-    if start.startswith(b"\x1f\x8b"):
-        reason += "; it is gzip: say so with Content-Encoding: gzip"
-    elif b"\0" in start[:4]:
-        reason += "; it looks like UTF-16 or UTF-32"
-    elif re.match(rb"\{[^\n]*\}\r?\n\{", start):
-        reason += "; it looks like a document in each line: send one, with all in students"
-    raise Refusal("malformed_json", reason)
-
-
-def check_shape(body: bytearray, most: int) -> None:
-    """Refuse what can't be a batch of so many students before it becomes a tree of objects, which
-    may take 50 times the memory of its text. Raises Refusal batch_too_large, malformed_json."""
-    # For 5,000 at least, as names hold such marks, too, and a batch. In 2 MiB is no large tree.
-    students = max(most, 5000) + 1
-    if (body.count(b"{") + body.count(b"[") > MAX_OBJECTS * students
-            or (len(body) > 2 << 20 and body.count(b",") > MAX_VALUES * students)):
-        if re.match(rb"(?:[^\[\]{}]*[\[{]){200}", body):       # none of them closed
-            raise Refusal("malformed_json", "the body is nested too deep")
-        raise Refusal("batch_too_large", f"far more values than {most} students have", max=most)
-
-
-def check_value(field: Field, value: Any, listed: frozenset[str] | None,
-                beside: Mapping[str, object] = {}) -> Any:
-    """The value, stripped; or, as a batch may have many, a RowError. beside: its neighbours."""
-    if isinstance(value, str) and field.kind is str:
-        value = value.strip(WHITE_SPACE) or None
-    if (value is None and not field.required) or (
-            field.kind is not str and isinstance(value, field.kind)):
-        return value
-    error = "invalid_field"
-    if value is None:
-        error, words = "missing_field", f"required{misplaced(field, beside)}"
-    elif not isinstance(value, field.kind):
-        words = f"must be {KINDS[field.kind]}"
-    elif re.search(FORBIDDEN, value):
-        code = ord(next(re.finditer(FORBIDDEN, value))[0])
-        kind = "half of a surrogate pair" if code > 0x7f else "a control character"
-        words = f"holds U+{code:04X}, {kind}"
-    elif len(value) > field.longest:
-        words = f"must be at most {field.longest} characters"
-    elif not re.fullmatch(field.pattern, value):
-        words = f"must be {field.meaning}"
-    elif listed and value not in listed:
-        error, words = LISTS[field.listed], f"is not in the institution's list of {field.listed}"
-        if value.casefold() in casefolded(listed):
-            words += "; one that is differs in case alone"
-    else:
-        return value
-    return RowError(0, field.name, error, f"{field.name} {words}")
-
-
-def misplaced(field: Field, beside: Mapping[str, object]) -> str:
-    """Where a field that is missing may be, among the first keys of what should have it."""
-    for key, value in itertools.islice(beside.items(), MAX_IGNORED):
-        if key != field.name and folded(key) == folded(field.name):
-            return f", spelt like this, not {printable(key[:64])}"
-        if isinstance(value, dict) and field.name in value:
-            return ", not one level down" if field in FIELDS else ", at the top level"
-    return ""
-
-
-def folded(name: str) -> str:
-    """"Student ID (ext)", "student-id-ext" and "StudentIdExt" are one."""
-    return re.sub(r"[\W_]+", "", name.casefold()) or name
-
-
-def is_clean(field: Field, column: list[Any], listed: frozenset[str] | None) -> bool:
-    """Whether check_value would keep each value as it is; no pattern admits white space around one.
-    The distinct ones are asked at once, joined by line ends: 3 ms for 5,000 students, not 16."""
-    # The types first: lists and objects can't be in a set.
-    fit = set(map(type, column)) <= {field.kind, field.kind if field.required else type(None)}
-    if not fit or field.kind is bool:
-        return fit
-    distinct = set(column) - {None}
-    text = "\n".join([*distinct, ""])
-    # The lengths before the pattern, which takes 90 times the memory of a long text.
-    return (max(map(len, distinct), default=0) <= field.longest
-            and re.fullmatch(rf"(?:{field.pattern}\n)*", text) is not None
-            and text.count("\n") == len(distinct)       # none of them holds a line end itself
-            and (field is not KEY or len(distinct) == len(column))
-            and (not listed or listed.issuperset(distinct)))
-
-
-def check_column(field: Field, rows: Sequence[dict[str, Any]], listed: frozenset[str] | None,
-                 errors: dict[int, RowError]) -> list[Any]:
-    """The values of one field as they are kept. What is wrong goes to errors, by row: the first."""
-    column = list(map(dict.get, rows, itertools.repeat(field.name)))    # 5 % faster than row by row
-    seen: set[object] = set()
-    suspects = [] if is_clean(field, column, listed) else rows
-    for index, row in enumerate(suspects):
-        value = column[index] = check_value(field, column[index], listed, row)
-        if field is KEY and value in seen:
-            value = RowError(0, field.name, "duplicate_student",
-                             f"the same {field.name} stood higher up in the batch")
-        if isinstance(value, RowError):
-            errors.setdefault(index + 1, value._replace(row=index + 1))
-        else:
-            seen.add(value)
-    return column if field.kind is str else list(map(STORED.get, column))
-
-
-def check_rows(students: list[Any], institution: Institution) -> tuple[list[Any], list[RowError]]:
-    """The good rows as records, and the first fault of each bad one."""
-    errors = {row: RowError(row, None, "not_an_object", "a student must be an object")
-              for row, student in enumerate(students, 1) if not isinstance(student, dict)}
-    if errors:
-        students = [student if isinstance(student, dict) else {} for student in students]
-    records = list(zip(*(check_column(field, students, institution.lists.get(field.listed), errors)
-                         for field in FIELDS)))
-    if errors:
-        records = [record for row, record in enumerate(records, 1) if row not in errors]
-    return records, sorted(errors.values())
-
-
-class Batch(NamedTuple):
-    """A body that keeps the rules of a batch; its rows may not."""
-
-    cohort_id: str
-    received: int
-    records: list[Any]              # the values of the good rows, each in the order of FIELDS
-    errors: list[RowError]          # of the bad ones, in order of their rows
-    ignored: list[str]              # unknown keys
-
-
-def check_batch(parsed: object, institution: Institution, most: int) -> Batch:
-    """What was sent, checked. Raises Refusal with the first fault of the batch itself."""
-    if not isinstance(parsed, dict):
-        raise Refusal("invalid_field", "the body must be an object", field="body")
-    found = [check_value(field, parsed.get(field.name), institution.lists.get(field.listed), parsed)
-             for field in (COHORT, STUDENTS)]
-    for error in found:
-        if isinstance(error, RowError):
-            raise Refusal(error.error, error.message, field=error.field)
-    cohort_id, students = found
-    if len(students) > most:
-        raise Refusal("batch_too_large", f"{len(students)} students in one request; at most {most}",
-                      max=most)
-    keys = set().union(*(student for student in students if isinstance(student, dict)))
-    ignored = (keys - set(NAMES)) | (set(parsed) - {COHORT.name, STUDENTS.name})
-    records, errors = check_rows(students, institution)
-    return Batch(cohort_id, len(students), records, errors,
-                 sorted({key[:64] for key in ignored})[:MAX_IGNORED])
-
-
-# ---------------------------------------------------------------------------------------------
-# What is kept
-# ---------------------------------------------------------------------------------------------
-
-class Counts(NamedTuple):
-    """What a sync did. updated: rows already known; unchanged: those of them that held the same."""
-
-    received: int
-    new: int
-    updated: int
-    unchanged: int
-    rejected: int
-
-
-HISTORY = ("time", "institution", "cohort_id", "client", *Counts._fields, "milliseconds", "errors")
-# No column is declared NOT NULL: a field that is added later is null in the entries there are.
-COLUMNS = {field.name: "TEXT" if field.kind is str else "INTEGER" for field in FIELDS}
-
-# Times are UTC in whole seconds since 1970. The entries have a rowid, and with it the order in
-# which they arrived: a page of new students is one run of the file, whatever the order of their
-# ids. (In version 1 they stood in order of their key, and such a page touched half of the file.)
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS rosters (roster_id INTEGER PRIMARY KEY,
-    institution TEXT NOT NULL, cohort_id TEXT NOT NULL, UNIQUE (institution, cohort_id));
-CREATE TABLE entries (entry_id INTEGER PRIMARY KEY,
-    roster_id INTEGER NOT NULL REFERENCES rosters (roster_id),
-    {", ".join(map(" ".join, COLUMNS.items()))}, created_at INTEGER NOT NULL,
-    changed_at INTEGER NOT NULL, seen_at INTEGER NOT NULL, UNIQUE (roster_id, {KEY.name}));
-CREATE TABLE IF NOT EXISTS syncs (sync_id INTEGER PRIMARY KEY, time INTEGER NOT NULL,
-    institution TEXT NOT NULL, cohort_id TEXT NOT NULL, client TEXT NOT NULL,
-    {" INTEGER NOT NULL, ".join((*Counts._fields, "milliseconds"))} INTEGER NOT NULL,
-    errors TEXT NOT NULL);
-DROP INDEX IF EXISTS syncs_by_time;
-CREATE INDEX syncs_by_institution ON syncs (institution)"""
-
-# The public way to read: these stay what they are, whatever becomes of the tables.
-UTC = "strftime('%Y-%m-%dT%H:%M:%SZ', {}, 'unixepoch')".format
-VIEWS = f"""
-DROP VIEW IF EXISTS roster;
-CREATE VIEW roster AS SELECT institution, cohort_id, {", ".join(NAMES)},
-    {UTC("created_at")} AS created, {UTC("changed_at")} AS changed, {UTC("seen_at")} AS seen
-    FROM entries JOIN rosters USING (roster_id);
-DROP VIEW IF EXISTS history;
-CREATE VIEW history AS SELECT sync_id, {UTC("time")} AS time, {", ".join(HISTORY[1:])} FROM syncs"""
-
-
-def make_tables(connection: sqlite3.Connection) -> None:
-    """In an empty database, or in one of version 1, which kept entries in order of their key."""
-    old = dict(row[1:3] for row in connection.execute("PRAGMA table_info(entries)"))
-    if old:
-        connection.execute("PRAGMA legacy_alter_table = ON")        # views of the operator's stay
-        connection.execute("ALTER TABLE entries RENAME TO entries_1")
-    for statement in SCHEMA.split(";"):     # executescript would commit first
-        connection.execute(statement)
-    if old:
-        add_columns(connection, old)        # also what is no field any more is kept
-        names = ", ".join(f'"{name}"' for name in old)
-        connection.execute(f"INSERT INTO entries ({names}) SELECT {names} FROM entries_1")
-        connection.execute("DROP TABLE entries_1")
-
-
-# What brings a database to each version (PRAGMA user_version) from the one before: a change of the
-# schema is one more item here, and none of SCHEMA. A new field needs nothing.
-MIGRATIONS = {2: make_tables}
-
-
-def add_columns(connection: sqlite3.Connection, columns: Mapping[str, str]) -> bool:
-    """Whether the entries lacked any of these columns; they have them now."""
-    there = {row[1] for row in connection.execute("PRAGMA table_info(entries)")}
-    lacking = [name for name in columns if name not in there]
-    for name in lacking:
-        connection.execute(f'ALTER TABLE entries ADD COLUMN "{name}" {columns[name]}')
-    return bool(lacking)
-
-
-def schema_version(connection: sqlite3.Connection) -> int:
-    """Raises sqlite3.DatabaseError for a database that is not for this program."""
-    version, newest = int(connection.execute("PRAGMA user_version").fetchone()[0]), max(MIGRATIONS)
-    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-    if version > newest:
-        raise sqlite3.DatabaseError(f"the database is of version {version}, newer than {newest}: "
-                                    "use a newer sis_sync.py")
-    if tables and not version or version and not tables >= {"rosters", "entries", "syncs"}:
-        raise sqlite3.DatabaseError("this is a database of another program")
-    return version
-
-
-def open_database(path: str, read_only: bool = False) -> sqlite3.Connection:
-    """Never creates a file, as a mistyped path would. Raises sqlite3.Error, OSError."""
-    # Also a reader opens for writing, and then forgoes it: the last one to close a database takes
-    # its -wal and -shm away, which SQLite's mode=ro would leave behind, owned by whoever read.
-    connection = sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=rw", uri=True,
-                                 timeout=BUSY_TIMEOUT, isolation_level=None,
-                                 check_same_thread=False)
-    try:
-        connection.executescript(f"""
-PRAGMA query_only = {read_only};
-PRAGMA synchronous = FULL;      -- the log is on disk before a transaction counts as done
-PRAGMA temp_store = MEMORY;     -- a temporary folder that is full stops no import
--- In pages of the file. A batch of scattered ids writes 2 MB: the default, 4 MB, has every other
--- one wait for a checkpoint, which took a fifth of the time.
-PRAGMA wal_autocheckpoint = {WAL_LIMIT // 4096};
-PRAGMA journal_size_limit = {WAL_LIMIT};    -- else it stays as long as a reader once made it""")
-        if not read_only:
-            prepare(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def prepare(connection: sqlite3.Connection, path: str) -> None:
-    """Make the database ours, and of this version; what is refused is left as it was."""
-    schema_version(connection)
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            os.chmod(path + suffix, 0o600)
-    if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-        raise sqlite3.DatabaseError("this disk does not allow a write-ahead log")
-    connection.execute("BEGIN IMMEDIATE")
-    before = schema_version(connection)     # once more, as two may start at the same time
-    for version, migrate in MIGRATIONS.items():
-        if before < version:
-            migrate(connection)
-            connection.execute(f"PRAGMA user_version = {version}")
-    if add_columns(connection, COLUMNS) or before < max(MIGRATIONS):
-        for statement in VIEWS.split(";"):
-            connection.execute(statement)
-    connection.execute("COMMIT")
-    if 0 < before < max(MIGRATIONS):
-        log.info("database: migrated from version %d to %d", before, max(MIGRATIONS))
-
-
-ROWS_AT_ONCE = (999 - 4) // len(FIELDS)     # SQLite before 3.32 takes 999 variables
-
-
-@functools.lru_cache(maxsize=4)
-def upsert(rows: int) -> str:
-    """The statement that stores so many rows: roster_id, three times the time, all their values.
-    (A statement for each row takes twice as long, in the sqlite3 module's work around it.)
-    `changed` is a list's append, called where values differ: all of SET sees the row as it was.
-    Never INSERT OR REPLACE: that would delete the entry first, and created_at with it."""
-    row = f"({', '.join('?' * len(FIELDS))})"
-    values = ", ".join(NAMES[1:])
-    sent = ", ".join(f"excluded.{name}" for name in NAMES[1:])
-    # Without WHERE true, ON CONFLICT would be taken for the ON of a join (lang_upsert.html).
-    return f"""
-INSERT INTO entries (roster_id, created_at, changed_at, seen_at, {", ".join(NAMES)})
-SELECT ?, ?, ?, ?, sent.* FROM (VALUES {", ".join([row] * rows)}) AS sent WHERE true
-ON CONFLICT (roster_id, {KEY.name}) DO UPDATE SET
-    ({values}) = ({sent}), seen_at = excluded.seen_at,
-    changed_at = CASE WHEN ({values}) IS NOT ({sent})
-        THEN coalesce(changed({KEY.name}), excluded.changed_at) ELSE changed_at END"""
-
-
-class Roster:
-    """The database: rosters, entries, syncs. One connection; whoever uses it holds Service.turn.
-    Reading commands open a connection of their own; WAL lets them read while this one writes."""
-
-    def __init__(self, path: str) -> None:
-        """Open, create or migrate. Raises CommandError for a file that can't be used."""
-        self.path = os.path.realpath(path)      # beside which SQLite has -wal and -shm
-        self._connection: sqlite3.Connection | None = None
-        self._files: list[os.stat_result] = []  # the database and its -wal, as they were opened
-        self._changed: list[str] = []           # keys, by the calls of `changed` in `upsert`
-        try:
-            # Made before SQLite would, and readable by its owner alone.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            with self.transaction():
-                pass
-        except (Refusal, OSError, sqlite3.Error) as error:
-            raise CommandError(f"{self.path}: {getattr(error, 'strerror', 0) or error}") from error
-
-    def files(self) -> list[os.stat_result]:
-        return [os.stat(path) for path in (self.path, f"{self.path}-wal")]
-
-    def warning(self) -> str:
-        """What an operator should know of the files, if anything. Raises OSError if they are gone:
-        what SQLite has open lives on until it is closed, and ends with the process."""
-        files = self.files() if self._connection else self._files       # closed, it loses nothing
-        if not all(map(os.path.samestat, files, self._files)):
-            raise OSError("the database or its -wal was replaced by another")
-        # SQLite says nothing when it can't empty the log into the database: but the log grows.
-        return "" if files[1].st_size <= 4 * WAL_LIMIT else \
-            "the write-ahead log can't be emptied: a reader holds it, or the disk is full or fails"
-
-    def close(self) -> None:
-        """Empty the log into the database, and close. SQLite would not do so if the file has moved:
-        then ours is the only hold of it, and kept as long as a reader or a fault is in the way."""
-        with contextlib.suppress(sqlite3.Error):
-            if self._connection:
-                self._connection.rollback()
-                self._connection.execute("PRAGMA busy_timeout = 0")     # for no reader's end
-                busy, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                self._connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
-                if not busy:
-                    self._connection.close()
-                    self._connection = None
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Everything or nothing; on disk when it is left without an exception. Raises Refusal busy,
-        or sqlite3.Error or OSError; then the database is opened anew, if `close` could close it."""
-        try:
-            if not self._connection:
-                connection = open_database(self.path)
-                connection.create_function("changed", 1, self._changed.append)
-                self._connection, self._files = connection, self.files()
-            connection = self._connection
-            # IMMEDIATE: a transaction that begins as a reader is refused at once, with no
-            # waiting, if another process writes before it does.
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
-            warning = self.warning()        # raises OSError, lest a crash take the 200 back
-            if warning:
-                log.warning("database: %s", warning)
-        except BaseException as error:
-            # Only to begin takes waiting for a lock, so nothing is half done.
-            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-                raise Refusal("busy", "the database is locked: try again", retry_after=1) from error
-            self.close()
-            raise
-
-    def sync(self, request: Request, batch: Batch) -> Counts:
-        """Store a batch and its line in the history. Nothing is ever deleted, and the lock is ours:
-        so the last entry_id grows by one for each new entry, and for no other: they were known."""
-        with self.transaction() as connection:
-            now = int(time.time())      # not before the lock is ours: times follow the order
-            key = (request.institution, batch.cohort_id)
-            last = "SELECT coalesce(max(entry_id), 0) FROM entries"
-            connection.execute("INSERT OR IGNORE INTO rosters VALUES (NULL, ?, ?)", key)
-            roster_id, before = connection.execute(
-                f"SELECT roster_id, ({last}) FROM rosters WHERE institution = ? AND cohort_id = ?",
-                key).fetchone()
-            self._changed.clear()
-            for start in range(0, len(batch.records), ROWS_AT_ONCE):
-                some = batch.records[start:start + ROWS_AT_ONCE]
-                connection.execute(upsert(len(some)), [roster_id, now, now, now,
-                                                       *itertools.chain.from_iterable(some)])
-            new = connection.execute(last).fetchone()[0] - before
-            known, changed = len(batch.records) - new, len(self._changed)
-            counts = Counts(batch.received, new, known, known - changed, len(batch.errors))
-            errors = json.dumps([error._asdict() for error in batch.errors[:HISTORY_ERRORS]])
-            values = (now, *key, request.client, *counts, request.milliseconds, errors)
-            connection.execute(f"INSERT INTO syncs VALUES (NULL{', ?' * len(values)})", values)
-            # By count and in order of arrival: a clock that was wrong once deletes nothing.
-            connection.execute(
-                "DELETE FROM syncs WHERE institution = ? AND sync_id <= (SELECT sync_id FROM syncs "
-                "WHERE institution = ? ORDER BY sync_id DESC LIMIT 1 OFFSET ?)",
-                (request.institution, request.institution, HISTORY_SYNCS))
-        return counts
-
-
-# ---------------------------------------------------------------------------------------------
-# The service: the order of the checks, and the answer
-# ---------------------------------------------------------------------------------------------
-
-SYNC_PATH = "/api/sis/sync"
-# RFC 9110 section 9 and RFC 5789: any other method is unknown, not merely out of place.
-METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
-
-
-class Response(NamedTuple):
-    """An answer: always JSON."""
-
-    status: int
-    headers: Headers
-    body: bytes
-    error: str = ""                 # the code, and the detail if it tells more, for the log
-
-    @classmethod
-    def of(cls, request: Request, document: Document, status: int = 200) -> Response:
-        body = json.dumps(document).encode() + b"\n"
-        headers = (("Content-Type", "application/json"), ("Content-Length", str(len(body))),
-                   ("X-Request-ID", request.id))
-        return cls(status, headers, b"" if request.method == "HEAD" else body)
-
-    @classmethod
-    def of_refusal(cls, request: Request, refusal: Refusal) -> Response:
-        """The one place where an error becomes an answer."""
-        error, detail, carries = refusal.error, refusal.detail, refusal.carries
-        response = cls.of(request, {"error": error.code, "detail": detail, **carries}, error.status)
-        headers = response.headers + refusal.headers
-        if "retry_after" in carries:
-            headers += (("Retry-After", str(carries["retry_after"])),)
-        words = error.code if detail == error.meaning else f"{error.code}: {detail}"
-        return response._replace(headers=headers, error=words)
-
-
-class Service:
-    """The server without its sockets: a request in, an answer out."""
-
-    def __init__(self, configuration: Configuration) -> None:
-        """Raises CommandError if the database can't be used."""
-        self.configuration = configuration
-        self.limiter = RateLimiter()
-        self.roster = Roster(configuration.settings["database"])
-        # One batch at a time is parsed, checked and stored: one tree of objects in memory, and none
-        # that waits at each statement for another thread's 5 ms of Python to be over.
-        self.turn = threading.Lock()
-        self._bodies = 0                # bytes that bodies in flight take, or may take
-        self._room = threading.Condition()
-
-    def handle(self, request: Request, receive: Callable[[Request], None] = lambda request: None,
-               send: Callable[[Response], None] = lambda response: None) -> Response:
-        """One request, from its arrival to its line in the log. Nothing escapes from here. receive
-        fills in the request, and may raise Refusal; send may raise OSError; WSGI needs neither."""
-        try:
-            receive(request)
-            response = Response.of(request, self.route(request))
-        except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
-            if not isinstance(error, Refusal):
-                log.error("%s server_error %s", request.id, describe(error))
-                error = Refusal("server_error", request_id=request.id)
-            response = Response.of_refusal(request, error)
-        try:
-            send(response)
-        except OSError:
-            response = response._replace(error=f"{response.error} client gone".lstrip())
-        log_request(request, response)
-        return response
-
-    def route(self, request: Request) -> Document:
-        """What a 200 says. Raises Refusal, in the order of the contract: HTTP, path, method."""
-        # One configuration from here to the end, whatever SIGHUP does meanwhile.
-        configuration = self.configuration
-        request.client = client_of(request.peer, request.headers.get("x-forwarded-for", ""),
-                                   configuration.settings["trusted_proxies"])
-        check_framing(request.headers)
-        if request.method not in METHODS:
-            known = request.method.upper() in METHODS
-            raise Refusal("not_implemented", "methods are in capitals" if known else "")
-        if request.path not in ROUTES:
-            raise Refusal("not_found", f"there is nothing at this path; a push goes to {SYNC_PATH}")
-        method, answer, _ = ROUTES[request.path]
-        allow = "GET, HEAD" if method == "GET" else method
-        if request.method not in allow.split(", "):
-            raise Refusal("method_not_allowed", f"allowed here: {allow}",
-                          headers=(("Allow", allow),))
-        return answer(self, request, configuration)
-
-    def authenticate(self, request: Request, configuration: Configuration) -> Institution:
-        """The institution that calls. Raises Refusal not_configured, rate_limited, unauthorized."""
-        if not any(institution.digests for institution in configuration.institutions):
-            raise Refusal("not_configured")
-        institution = institution_of(request.headers.get("authorization", ""),
-                                     configuration.institutions)
-        request.institution = institution.name if institution else "-"
-        # A verified institution has a bucket of its own; a guess spends its address's.
-        bucket = f"institution {institution.name}" if institution else client_key(request.client)
-        wait = self.limiter.take(bucket, configuration.settings["requests_per_minute"])
-        if wait:
-            raise Refusal("rate_limited", f"too many requests: wait {wait} s", retry_after=wait)
-        if not institution:
-            raise Refusal("unauthorized", headers=(("WWW-Authenticate", "Bearer"),))
-        return institution
-
-    @contextlib.contextmanager
-    def room(self, request: Request, limits: Mapping[str, Any]) -> Iterator[None]:
-        """Memory for a body, of the share that all bodies in flight have together. It is taken as a
-        whole before a byte is read: if bodies took it piece by piece, all of them could stand
-        half-read and wait for each other. Raises Refusal busy."""
-        cap, length = limits["max_body_bytes"], request.headers.get("content-length")
-        size = int(length) if length and request.coding == "identity" else cap
-        left = request.started + limits["request_timeout"] - time.monotonic()
-        with self._room:
-            if not self._room.wait_for(lambda: self._bodies + size <= BODIES_IN_FLIGHT * cap, left):
-                raise Refusal("busy", "too many bodies at once: try again", retry_after=1)
-            self._bodies += size
-        try:
-            yield
-        finally:
-            with self._room:
-                self._bodies -= size
-                self._room.notify_all()
-
-
-def sync(service: Service, request: Request, configuration: Configuration) -> Document:
-    """POST /api/sis/sync. Nobody without a secret makes it read a body."""
-    limits = configuration.settings
-    institution = service.authenticate(request, configuration)
-    check_length(int(request.headers.get("content-length", "0")), limits)
-    check_media_type(request)
-    with service.room(request, limits):
-        body = read_body(request, limits)
-        if not service.turn.acquire(timeout=BUSY_TIMEOUT):
-            raise Refusal("busy", retry_after=1)
-        try:
-            check_shape(body, limits["max_students"])
-            batch = check_batch(parse_json(body), institution, limits["max_students"])
-            errors = [error._asdict() for error in batch.errors]
-            if errors and institution.bad_rows == "reject":
-                request.counts = Counts(batch.received, 0, 0, 0, len(errors))
-                raise Refusal("invalid_rows", f"{len(errors)} of {batch.received} rows have faults;"
-                              " nothing was stored", errors=errors)
-            counts = request.counts = service.roster.sync(request, batch)
-        finally:
-            service.turn.release()
-    details = {"imported": counts.new, "updated": counts.updated, "unchanged": counts.unchanged}
-    return {"received": counts.received, "imported": counts.new + counts.updated,
-            "details": details, "errors": errors, "ignored": batch.ignored}
-
-
-def health(service: Service, request: Request, configuration: Configuration) -> Document:
-    try:
-        # Before it is opened: that would apply the log of one database to another in its place.
-        warning = service.roster.warning()
-        with contextlib.closing(open_database(service.roster.path, read_only=True)) as connection:
-            connection.execute("SELECT 1 FROM syncs LIMIT 1").fetchall()
-    except (sqlite3.Error, OSError):
-        raise Refusal("unhealthy") from None
-    return {"status": "ok", **({"warning": warning} if warning else {})}
-
-
-def openapi(service: Service, request: Request, configuration: Configuration) -> Document:
-    return openapi_document(configuration.settings["max_students"])
-
-
-# What answers at a path, and its summary; a HEAD is answered where a GET is.
-ROUTES = {
-    SYNC_PATH: ("POST", sync, "Push students of one cohort's roster"),
-    "/healthz": ("GET", health, "Whether the database answers"),
-    "/openapi.json": ("GET", openapi, "This document"),
-}
-
-
-def describe(error: BaseException) -> str:
-    """A fault in one line, without what a message could hold of a student: only the messages of the
-    database and the system are known to hold nothing of that kind."""
-    # Not extract_tb, which imports a module and reads files: there may be no descriptors left.
-    frames = [*traceback.walk_tb(error.__traceback__)]
-    where = " < ".join(f"{frame.f_code.co_name}:{line}" for frame, line in reversed(frames))
-    words = f": {error}" if isinstance(error, (sqlite3.Error, OSError)) else ""
-    return f"{type(error).__name__}{words} ({where})"
-
-
-def log_request(request: Request, response: Response) -> None:
-    """One line, behind its time; its rows are received/imported/rejected."""
-    # What a client wrote must not forge a line of the log, or steer the terminal that shows it.
-    method, path = (re.sub(r"[^!-\[\]-~]", lambda match: f"\\x{ord(match[0]):02x}", text[:200])
-                    for text in (request.method, request.path))
-    counts = request.counts
-    rows = f"{counts.received}/{counts.new + counts.updated}/{counts.rejected}" if counts else "-"
-    log.info("%s %s %s %s %s %d %s %dms%s", request.id, request.client, request.institution,
-             method, path, response.status, rows, request.milliseconds,
-             f" {response.error}" if response.error else "")
-
-
-# ---------------------------------------------------------------------------------------------
-# The wire
-# ---------------------------------------------------------------------------------------------
-
-# Grammar of RFC 9110 and RFC 9112, with the line's end: what str.split() and str.strip() call white
-# space is far more than HTTP does, and a pattern that ends in $ lets a line end through.
-#   chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS ( token / quoted-string ) ] )
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
-FIELD_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)\r\n")
-CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{TOKEN}"
-                        rf"(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED}))?)*\r\n")
-HOST = re.compile(r"(?:(?:[!$&-+.0-9;=A-Z_a-z~-]|%[0-9A-Fa-f]{2})+|\[([^]%]+)\])(?::[0-9]*)?")
-TARGET = re.compile(r"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?[^#]*)?")
-
-
 class Stream(io.RawIOBase):
-    """A connection as a file under one clock: nothing is read or written past the deadline, however
-    the bytes trickle, as each wait is given only what is left of it."""
+    """A connection as a file with a deadline. Each read and write may wait only for the time that
+    is left. (The timeout of a socket begins anew with each byte, so a client that sends one now
+    and then could keep a thread for ever.) RawIOBase is what io.BufferedReader can read from."""
 
-    refused = False             # there is no place for it: it is only told so
-    engaged = False             # a whole head has come, and no answer is given yet
-    stopping = False            # the server is
+    state = "head"
+    stopping = False  # whether the server stops
 
-    def __init__(self, connection: socket.socket, client: str, service: Service) -> None:
+    def __init__(self, connection, peer, config):
         self.connection = connection
-        self.client = client            # as limits count it
-        self.settings = service.configuration.settings
-        self.deadline = time.monotonic() + self.settings["request_timeout"]
-        self.credit = MAX_SMALL_PIECES * MEAN_PIECE     # bytes that its pieces may be short of
+        self.client_key = client_key(peer)
+        self.is_proxy = is_trusted(parse_address(peer), config.trusted_proxies)
+        self.config = config
+        self.deadline = monotonic() + config.request_timeout
 
-    def readable(self) -> bool:
-        return True
+    def readable(self):
+        return True  # io.BufferedReader asks
 
     def in_time(self) -> socket.socket:
-        """The connection, its timeout what is left of the deadline. Raises OSError past it."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")  # noqa: UP041  a TimeoutError only since Python 3.10
-        self.connection.settimeout(left)
+        """The connection, ready to wait until the deadline. Raises OSError after it."""
+        seconds_left = self.deadline - monotonic()
+        if seconds_left <= 0:
+            raise OSError("timed out")
+        # A little longer, so that after the wait `readinto` finds that the deadline has passed.
+        self.connection.settimeout(seconds_left + 0.1)
         return self.connection
 
-    def readinto(self, buffer: Any) -> int:
-        """What has come. Nobody waits for more than a request has, so an end always is too early.
-        Raises Refusal request_timeout, malformed_request, and busy if it was us who cut it off."""
-        try:
+    def readinto(self, buffer):
+        """Put what has arrived into the buffer, and return its size. Nobody reads behind the end of
+        a request. So if nothing comes (size 0), the client has gone, or the time is over, or the
+        server stops, and Server.leave has ended the reading."""
+        size = 0
+        with suppress(OSError):
             size = self.in_time().recv_into(buffer)
-        except socket.timeout:  # noqa: UP041  an OSError, which is why it is caught first
-            raise Refusal("request_timeout") from None
-        except OSError:
-            size = 0
         if not size and self.stopping:
             raise Refusal("busy", "the server is stopping: try again", retry_after=1)
-        demand(size, "the request ended before it was whole")
-        # Each costs a system call and a few lines of Python, a hundred times as much as a byte.
-        self.credit += size - MEAN_PIECE
-        demand(self.credit >= 0, "the request comes in too many small pieces")
+        if not size and monotonic() >= self.deadline:
+            raise Refusal("request_timeout")
+        require(size, "the request ended before it was whole")
         return size
 
-    def write(self, data: Any) -> None:
-        """All of it. (sendall would give each piece the whole time anew.) Raises OSError."""
+    def write(self, data):
+        """Send all of it, or raise OSError."""
         rest = memoryview(data)
         while rest:
-            rest = rest[self.in_time().send(rest):]
+            sent = self.in_time().send(rest)  # sendall would start the clock anew
+            rest = rest[sent:]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: setup, handle and finish are called; one request, one answer, one line in the
-    log. Of the base class it uses how an answer is written, not how a request is read: that splits
-    lines at any white space of Unicode, takes a bare CR for a line end, two Hosts for one, HTTP/0.9
-    for a request, drops the headers behind a faulty one, and answers errors in HTML."""
+    """One connection: one request, one answer. The base class calls setup, handle and finish, which
+    are replaced here. Of its own methods we use those that write the head of an answer."""
 
-    request_version = "HTTP/1.1"    # by default it is 0.9, to which no status line is written
-    protocol_version = "HTTP/1.1"   # of the answer, until the request says 1.0
-    wrong_scheme = ""               # what the port speaks, where the client speaks the other
-    server: Server
+    # These names of the base class mislead. It writes protocol_version into the answer, so we set
+    # that to the version of the request. request_version must only not be HTTP/0.9.
+    request_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"
 
-    def setup(self) -> None:
-        self.stream: Stream = self.request      # socketserver's word for what get_request returns
+    def setup(self):
+        # What Server.get_request returned, a Stream, is named `request` by the base class.
+        self.stream = self.request
         self.rfile = io.BufferedReader(self.stream)
 
-    def handle(self) -> None:
-        tls, stream = self.server.service.configuration.tls, self.stream
-        request = Request(self.client_address[0])
-        first = b"?"                    # until we look: as if there was one
+    def handle(self):
+        """Read a request, answer it, and write a line in the log."""
+        config = self.stream.config
+        request = Request(self.client_address[0], config)
+        refused = self.stream.state == "refused"
         try:
-            if tls or not stream.refused:       # who is refused in http need not say a word first
-                first = stream.in_time().recv(1, socket.MSG_PEEK)
-            handshake = first == b"\x16"
-            if tls and handshake:
-                # Here, and not where it is accepted: there a silent client would stop all others.
-                stream.connection = tls.wrap_socket(stream.in_time(), server_side=True,
-                                                    do_handshake_on_connect=False)
-                stream.connection.do_handshake()
-            elif tls or handshake:
-                self.wrong_scheme = "https, not http" if tls else "http, not https"
+            # Over plain HTTP we can refuse a client at once. In all other cases we wait for its
+            # first byte, and leave it in its place (MSG_PEEK). If none comes, the client has gone,
+            # and we say nothing; or its time is over, and read_head will say that.
+            if config.tls or not refused:
+                first_byte = b""
+                with suppress(OSError):
+                    first_byte = self.stream.in_time().recv(1, socket.MSG_PEEK)
+                if first_byte:
+                    self.choose_protocol(first_byte, config.tls)
+                elif monotonic() < self.stream.deadline:
+                    return  # it came and went without a word
+            if refused:
+                raise Refusal("busy", "too many connections: try again", retry_after=1)
+            self.read_head(request)
+            response = self.server.service.handle(request)
         except OSError as error:
-            if tls:                     # else receive() meets it again, and says what it is
-                log.info("%s %s TLS handshake failed: %s", request.id, request.client, error)
-                return
-        if first:                       # else it came and went without a word
-            self.server.service.handle(request, self.receive, self.send)
+            # Only the handshake raises one. Stream turns its own into a Refusal, and Service.handle
+            # answers whatever happens.
+            log.info(f"{request.id} {request.client} TLS handshake failed: {error}")
+            return
+        except Exception as error:  # noqa: BLE001
+            response = answer_to(error, request)
+        try:
+            self.send(response)
+        except OSError:
+            request.note += " client gone"
+        log_request(request, response)
 
-    def receive(self, request: Request) -> None:
-        """Fill in the request: its line, its headers, and its body as a stream. Raises Refusal."""
-        demand(not self.wrong_scheme, f"this port speaks {self.wrong_scheme}")
-        if self.stream.refused:
-            raise Refusal("busy", "too many connections: try again", retry_after=1)
-        line = self.line(MAX_REQUEST_LINE)
-        if line == "\r\n":              # RFC 9112 section 2.2 has one of these be ignored
-            line = self.line(MAX_REQUEST_LINE)
-        self.protocol_version = parse_request_line(line, request)
-        modern = self.protocol_version == "HTTP/1.1"
-        request.headers = headers = self.fields(Refusal("request_too_large", status=431))
-        # It may be empty. Two of them arrive joined by a comma, which no host has in it.
-        host = headers.get("host", "," if modern else "")
-        demand(not host or is_host(host), "HTTP/1.1 takes one Host header")
-        demand(modern or "transfer-encoding" not in headers, "HTTP/1.0 has no Transfer-Encoding")
-        self.stream.engaged = True
-        request.body = self.body(headers, modern)
+    def choose_protocol(self, first_byte: bytes, tls: ssl.SSLContext | None):
+        """Start TLS. We do it in the thread of this connection, because in the accepting thread a
+        client that says nothing would stop all others."""
+        speaks_tls = first_byte == b"\x16"  # every TLS connection begins so (RFC 8446 section 5.1)
+        if not tls:
+            require(not speaks_tls, "this port speaks http, not https")
+            return
+        require(speaks_tls, "this port speaks https, not http")
+        # wrap_socket takes the connection over, so `leave` must know the new one before the
+        # handshake begins.
+        self.stream.connection = tls.wrap_socket(
+            self.stream.in_time(), server_side=True, do_handshake_on_connect=False
+        )
+        self.stream.connection.do_handshake()
 
-    def line(self, most: int) -> str:
-        """The next line with its end; longer than `most`, and cut there, if it is too long."""
-        return self.rfile.readline(most + 1).decode("latin-1")
-
-    def fields(self, too_many: Refusal) -> dict[str, str]:
-        """Lines up to the empty one, by lower-case name; values of one name joined by a comma."""
-        fields: dict[str, str] = {}
-        room, lines = MAX_HEAD, MAX_HEADERS
-        line = self.line(room)
-        while line != "\r\n":
-            room, lines = room - len(line), lines - 1
-            if room < 0 or lines < 0:
-                raise too_many
-            match = demand(FIELD_LINE.fullmatch(line), "a header must be NAME: VALUE and CRLF")
-            name, value = match[1].lower(), match[2].strip(" \t")
-            fields[name] = f"{fields[name]}, {value}" if name in fields else value
-            line = self.line(room)
-        return fields
-
-    def body(self, headers: Mapping[str, str], modern: bool) -> Iterator[bytes]:
-        """The pieces of the body. Nothing is read before the first is asked for."""
-        if modern and headers.get("expect", "").lower() == "100-continue":
-            # Only now: who is refused by the headers alone need not send the body.
-            with contextlib.suppress(OSError):
-                self.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if "transfer-encoding" in headers:
-            yield from self.chunks()
+    def read_head(self, request):
+        """Read the request line and the headers. The body is read later, if at all."""
+        self.read_request_line(request)
+        headers = self.read_headers()
+        host = headers.get("host")
+        if self.protocol_version == "HTTP/1.1":
+            require(host is not None, "HTTP/1.1 needs a Host header")
         else:
-            yield from exactly(int(headers.get("content-length", "0")), self.rfile.read1)
+            require("transfer-encoding" not in headers, "HTTP/1.0 has no Transfer-Encoding")
+        if host:  # RFC 9112 section 3.2 allows an empty one
+            check_host(host)
+        request.headers = headers
+        request.body = self.body_pieces(request)
+        self.stream.state = "request"
 
-    def chunks(self) -> Iterator[bytes]:
-        """The data of a chunked body (RFC 9112 section 7.1), without extensions and trailers."""
-        credit = MAX_SMALL_CHUNKS * MEAN_PIECE
-        while True:
-            line = CHUNK_LINE.fullmatch(self.line(MAX_CHUNK_LINE))
-            size = int(demand(line, "a chunk must begin with its size in hexadecimal")[1], 16)
-            if not size:
+    def read_request_line(self, request):
+        """Read the method, the path and the version."""
+        line = self.read_line(MAX_REQUEST_LINE)
+        if line == "\r\n":  # RFC 9112 section 2.2 says to ignore one of these
+            line = self.read_line(MAX_REQUEST_LINE)
+        if len(line) > MAX_REQUEST_LINE:
+            raise Refusal("line_too_long")
+        match = REQUEST_LINE.fullmatch(line)
+        require(match, "a request must begin METHOD TARGET HTTP/1.1")
+        request.method, target, version = match.groups()
+        if version not in ("HTTP/1.0", "HTTP/1.1"):
+            raise Refusal("http_version_not_supported")
+        self.protocol_version = version
+        match = TARGET.fullmatch(target)
+        # (The pattern also matches an empty target.)
+        require(match and (match[1] or match[2]), "the target must begin with / or http://HOST")
+        host, path = match.groups()
+        if host:
+            check_host(host)
+        request.path = path or "/"
+
+    def read_line(self, longest):
+        """The next line with its end. If it is longer than this, we return one character more, so
+        that the caller can tell. As Latin-1, each byte becomes one character."""
+        return self.rfile.readline(longest + 1).decode("latin-1")
+
+    def read_headers(self):
+        """The header lines up to the empty one. Two of one name become one with a comma."""
+        headers = {}
+        size = 0
+        for _ in range(MAX_HEADERS + 1):
+            line = self.read_line(MAX_HEAD - size)
+            size += len(line)
+            if size > MAX_HEAD:
                 break
-            check_length(size, self.stream.settings)        # before all that is promised has come
-            credit += size - MEAN_PIECE
-            demand(credit >= 0, "the body comes in too many small chunks")
-            yield from exactly(size, self.rfile.read1)
-            demand(self.rfile.read(2) == b"\r\n", "a chunk is longer than it says")
-        self.fields(Refusal("malformed_request", "too many trailers"))
+            if line == "\r\n":
+                return headers
+            match = HEADER_LINE.fullmatch(line)
+            require(match, "a header must be NAME: VALUE and CRLF")
+            name = match[1].lower()
+            value = match[2].strip(" \t")
+            if name in headers:
+                value = f"{headers[name]}, {value}"
+            headers[name] = value
+        raise Refusal("headers_too_long")
 
-    def send(self, response: Response) -> None:
-        """Raises OSError when the client is gone, or has not read all of it in time."""
-        self.wfile = answer = io.BytesIO()      # so that it leaves in one piece
-        self.stream.engaged = False
-        # Who had the whole time for a request, or was never let in, does not get as much again.
-        short = response.status == 408 or self.stream.refused or self.stream.stopping
-        seconds = REFUSED_SECONDS if short else self.stream.settings["request_timeout"]
-        self.stream.deadline = time.monotonic() + seconds
-        self.send_response_only(response.status)        # send_response would tell Python's version
+    def body_pieces(self, request):
+        """Yield the pieces of the body. This is a generator: nothing here runs before `read_body`
+        asks for the first piece. A client that says "Expect: 100-continue", as curl does, waits for
+        our "100 Continue" before it sends the body. If we refuse it before that, it need not."""
+        expects = request.headers.get("expect", "").lower()
+        if expects == "100-continue" and self.protocol_version == "HTTP/1.1":
+            with suppress(OSError):  # if the client has gone, the next read finds that out
+                self.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if "transfer-encoding" in request.headers:
+            yield from self.chunks()  # yields whatever that generator yields
+        else:
+            # read1 returns what has arrived; read would wait for the whole size.
+            yield from read_exactly(request.content_length(), self.rfile.read1)
+
+    def chunks(self):
+        """A chunked body (RFC 9112 section 7.1): each chunk has its size in front of it."""
+        config = self.stream.config
+        # A chunk costs us as much work as a packet, so 8 million chunks of a byte are refused.
+        max_chunks = MAX_CHUNKS * (config.max_students + SPARE_STUDENTS)
+        for _ in range(max_chunks):
+            line = self.read_line(MAX_CHUNK_LINE)
+            match = CHUNK_LINE.fullmatch(line)
+            require(match, "a chunk must begin with its size in hexadecimal")
+            size = int(match[1], 16)
+            if size == 0:
+                self.read_headers()  # more headers may stand here (trailers); nobody needs them
+                return
+            check_length(size, config)
+            yield from read_exactly(size, self.rfile.read1)
+            require(self.rfile.read(2) == b"\r\n", "a chunk is longer than it says")
+        raise Refusal("malformed_request", f"more than {max_chunks:,} chunks: send larger ones")
+
+    def send(self, response):
+        """Write the answer, in one piece. Raises OSError if the client is gone or too slow."""
+        seconds = self.stream.config.request_timeout
+        if self.stream.state == "refused" or self.stream.stopping or response.status == 408:
+            seconds = REFUSED_SECONDS  # it has had its time, or gets none
+        else:
+            self.stream.state = "answer"
+        self.stream.deadline = monotonic() + seconds
+        self.wfile = io.BytesIO()  # into this the base class writes the head
+        self.send_response_only(response.status)
         self.send_header("Date", self.date_time_string())
-        for name, value in (*response.headers, ("Connection", "close")):
+        for name, value in response.headers.items():
             self.send_header(name, value)
+        self.send_header("Connection", "close")
         self.end_headers()
-        self.stream.write(answer.getvalue() + response.body)
+        self.stream.write(self.wfile.getvalue() + response.body)
 
-    def finish(self) -> None:
-        """Close so that the answer gets through (RFC 9112 section 9.6). Closing a socket with
-        unread bytes resets the connection, and a reset takes from the client what it has not read
-        yet: so only this side is closed, and what still comes is thrown away, within bounds."""
-        most, connection = 2 * self.stream.settings["max_body_bytes"], self.stream.connection
-        with contextlib.suppress(OSError):
+    def finish(self):
+        """Close so that the answer arrives (RFC 9112 section 9.6).
+
+        If we closed the socket while the client is still sending, its system would throw away our
+        answer. So we close only our direction, and then read and forget what still comes, until the
+        client closes, too, or has sent twice what a body may have."""
+        connection = self.stream.connection
+        rest = 2 * self.stream.config.max_body_bytes
+        with suppress(OSError):
             if isinstance(connection, ssl.SSLSocket):
-                connection.settimeout(0)
-                with contextlib.suppress(OSError, ValueError):
-                    connection.unwrap()         # close_notify is sent, and not waited for
+                connection.settimeout(0)  # tell the client that TLS ends, and do not wait for it
+                with suppress(OSError, ValueError):
+                    connection.unwrap()
             connection.shutdown(socket.SHUT_WR)
-            piece = b"?"
-            while piece and most > 0:
-                piece = self.stream.in_time().recv(PIECE)       # of TLS or not: nobody reads it
-                most -= len(piece)
-
-
-def parse_request_line(line: str, request: Request) -> str:
-    """Its version. Fills in method and path, of a target in any form of RFC 9112 section 3.2."""
-    if len(line) > MAX_REQUEST_LINE:
-        raise Refusal("request_too_large", status=414)
-    match = demand(REQUEST_LINE.fullmatch(line), "a request must begin METHOD TARGET HTTP/1.1")
-    request.method, target, version = match.groups()
-    if version not in ("HTTP/1.0", "HTTP/1.1"):
-        raise Refusal("http_version_not_supported")
-    parts = TARGET.fullmatch(target)
-    if parts and (is_host(parts[1]) if parts[1] else parts[2]):
-        request.path = parts[2] or "/"
-    elif target == "*" and request.method == "OPTIONS" or request.method == "CONNECT":
-        request.path = target.partition("?")[0]
-    else:
-        raise Refusal("malformed_request", "the request target must begin with / or http://HOST")
-    return str(version)
-
-
-def is_host(text: str) -> bool:
-    match = HOST.fullmatch(text)
-    return match is not None and (not match[1] or parse_address(match[1]) is not None)
+            while rest > 0:
+                piece = self.stream.in_time().recv(PIECE)
+                if not piece:
+                    break
+                rest -= len(piece)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A thread for each connection; how many there may be is decided here. get_request and
-    process_request run in the accepting thread, where nothing may wait; leave in the main one."""
+    """Accepts connections and gives each a thread, and decides how many there may be."""
 
-    request_queue_size = 1024       # in a full one a client waits a second until it is asked for
-    allow_reuse_address = os.name != "nt"   # there it lets two servers share a port (cpython#85307)
-    # HTTPServer's looks up the host's name: 5 to 35 s where there is no resolver (bpo-35164).
-    server_bind = socketserver.TCPServer.server_bind
+    request_queue_size = 1024  # connections that wait to be accepted
+    allow_reuse_address = os.name != "nt"  # on Windows it lets two servers share a port
+    allow_reuse_port = False  # so does this, on any system
 
-    def __init__(self, service: Service) -> None:
-        """Bind, listen, and accept in a thread of its own. Raises CommandError."""
+    def __init__(self, service):
+        """Listen. Raises CommandError if the address cannot be had."""
         self.service = service
-        self.streams: set[Stream] = set()       # of all connections
-        self.condition = threading.Condition()  # of these
-        host, port = (service.configuration.settings[key] for key in ("host", "port"))
-        if ":" in host:
+        self.streams = set()  # all open connections
+        # A lock, on which `leave` can also wait until somebody calls notify_all.
+        self.streams_changed = threading.Condition()
+        config = service.config
+        self.possible_connections = raise_file_limit() - SPARE_FILES
+        host = str(config.host)
+        if config.host.version == 6:
             self.address_family = socket.AF_INET6
-        threading.stack_size(2 << 20)   # musl gives 128 KiB; 3.13.0 takes 1.5 MiB for deep JSON
-        # Else glibc keeps, for each thread, what a large body took. (-3 is its M_MMAP_THRESHOLD.)
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).mallopt(-3, 4 << 20)
         try:
-            super().__init__((host, port), Handler)
+            super().__init__((host, config.port), Handler)
         except OSError as error:
-            raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
-        name = f"[{host}]" if ":" in host else host
-        scheme = "https" if service.configuration.tls else "http"
-        self.url = f"{scheme}://{name}:{self.server_address[1]}"
-        self.accepting = threading.Thread(target=self.serve_forever, daemon=True,
-                                          kwargs={"poll_interval": 0.1})    # s until it sees a stop
+            words = f"cannot listen on {host} port {config.port}: {error.strerror}"
+            raise CommandError(words) from error
+        scheme = "https" if config.tls else "http"
+        host = f"[{host}]" if ":" in host else host
+        self.url = f"{scheme}://{host}:{self.server_address[1]}"
+
+    def server_bind(self):
+        # HTTPServer's looks up the name of this machine: up to 35 seconds where there is no DNS.
+        socketserver.TCPServer.server_bind(self)
+
+    def start(self):
+        """Accept connections, in a thread of its own."""
+        threading.stack_size(2 << 20)  # bytes, of each thread from now on; enough for deep JSON
+        # The threads of process_request (below) have no Thread object. To log the name of a thread,
+        # logging would make one for each, and keep it.
+        logging.logThreads = False
+        # serve_forever, of the base class, looks ten times a second whether it shall stop.
+        self.accepting = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
         self.accepting.start()
 
-    def get_request(self) -> Any:
+    def get_request(self) -> tuple:
+        """Accept a connection. Raises OSError if there is none: the base class goes on after it."""
         try:
             connection, address = super().get_request()
-            return Stream(connection, client_key(address[0]), self.service), address
+            if address:
+                return Stream(connection, address[0], self.service.config), address
+            connection.close()  # macOS gives no address if the client has gone already
+        except ConnectionError:
+            pass  # a client that has gone costs nobody anything
         except (OSError, MemoryError) as error:
-            # Out of descriptors, say: it stays in the queue, and the loop is back for it at once.
-            log.error("- cannot accept: %s", describe(error))
-            time.sleep(0.5)
-            raise OSError from error        # which the loop survives
+            log.error(f"- cannot accept: {describe(error)}")
+            number = getattr(error, "errno", errno.ENOMEM)  # a MemoryError has no number
+            if number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                sleep(0.5)  # no more files, or no more memory: the next would fail, too
+        raise OSError("no connection")
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        stream: Stream = request        # socketserver's word for what get_request returns
-        settings, peer = stream.settings, parse_address(client_address[0])
-        trusted = any(peer in network for network in settings["trusted_proxies"])
-        with self.condition:
-            served = [other.client for other in self.streams if not other.refused]
-            if len(served) >= settings["max_connections"] or (not trusted and served.count(
-                    stream.client) >= settings["max_connections_per_client"]):
-                stream.refused = True
-                stream.deadline = time.monotonic() + REFUSED_SECONDS
-                if len(self.streams) - len(served) >= MAX_REFUSED:
-                    self.shutdown_request(request)      # takes the lock again: it is reentrant
-                    return
+    def process_request(self, stream, address):
+        """Give a new connection its thread. If there are too many, the thread only tells that to
+        the client. If MAX_REFUSED threads are doing so already, we close it without a word."""
+        with self.streams_changed:
+            refused = [other for other in self.streams if other.state == "refused"]
+            if not self.has_room_for(stream):
+                stream.state = "refused"
+                stream.deadline = monotonic() + REFUSED_SECONDS
             self.streams.add(stream)
-        super().process_request(request, client_address)
+        if stream.state == "refused" and len(refused) >= MAX_REFUSED:
+            self.shutdown_request(stream)
+            return
+        running = threading.Event()
 
-    def shutdown_request(self, request: Any) -> None:
-        # Called in the end whatever happened, unlike Handler.finish: here the place is given back.
-        with self.condition:
-            self.streams.discard(request)
-            self.condition.notify_all()
-        request.connection.close()
+        def run():
+            running.set()
+            self.process_request_thread(stream, address)  # the base class's; it calls Handler
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("- connection: %s", describe(sys.exc_info()[1] or Exception()))
+        # If a new thread has no memory to begin, Thread.start waits for ever, and with it the
+        # server. So we use the function on which Thread.start is built, and wait for a while.
+        _thread.start_new_thread(run, ())
+        if not running.wait(BUSY_TIMEOUT):
+            raise MemoryError  # the base class closes the connection
 
-    def leave(self) -> None:
-        """Accept no more, let requests in flight finish in SHUTDOWN_TIMEOUT, close the database."""
-        self.shutdown()
-        self.server_close()         # waits for no thread: they are daemons, and end when we do
-        with self.condition:
+    def has_room_for(self, stream):
+        """Whether we may serve one more connection, of this client. A proxy speaks for many."""
+        config = stream.config
+        served = [other.client_key for other in self.streams if other.state != "refused"]
+        if len(served) >= min(config.max_connections, self.possible_connections):
+            return False
+        return (
+            stream.is_proxy or served.count(stream.client_key) < config.max_connections_per_client
+        )
+
+    def shutdown_request(self, stream):
+        """The base class calls this at the end of every connection, whatever happened in it."""
+        with self.streams_changed:
+            self.streams.discard(stream)
+            self.streams_changed.notify_all()
+        stream.connection.close()
+
+    def handle_error(self, stream, address):
+        """The base class calls this for an error that nobody caught."""
+        _, error, _ = sys.exc_info()
+        with suppress(MemoryError):  # this may run in the accepting thread, and would end it
+            log.error(f"- connection: {describe(error)}")
+
+    def leave(self):
+        """Accept no more, let requests finish for a while, and close the database."""
+        self.shutdown()  # ends serve_forever
+        self.server_close()  # closes the socket that listens
+        with self.streams_changed:
             for stream in self.streams:
-                stream.stopping = True
-                if not stream.engaged:      # wait for no more bytes; what has come is still read
-                    with contextlib.suppress(OSError):
-                        # Not SSLSocket's, which pulls TLS away under the thread that reads.
+                stream.stopping = True  # the read that is ended below will look at this
+                if stream.state != "request":
+                    with suppress(OSError):
+                        # This ends a read that waits. SSLSocket has a shutdown of its own, which
+                        # would also end TLS while another thread reads. So we name the class.
                         socket.socket.shutdown(stream.connection, socket.SHUT_RD)
-            self.condition.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
-        if self.service.turn.acquire(blocking=False):       # else a batch outlasts its time
-            self.service.roster.close()
+            self.streams_changed.wait_for(lambda: not self.streams, SHUTDOWN_TIMEOUT)
+        # If the turn is free, we take it for good, so nobody opens the database again. If a sync
+        # still has it, its transaction ends with the process, as if it had never begun.
+        if self.service.turn.acquire(blocking=False):
+            self.service.database.try_to_close()
+
+
+def raise_file_limit():
+    """Ask for as many open files as possible, and return how many there may be. (On macOS a process
+    begins with 256, and each connection is one.)"""
+    most = OPEN_FILES
+    with suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard > 0:  # a negative number means no limit
+            most = min(most, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+# How the server starts, stops, and reads its configuration again.
+
+Arguments = argparse.Namespace  # what was given at the command line
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
+def command_serve(arguments):
+    """Run the server until SIGTERM or Ctrl-C."""
+    log_to_stderr()
+    on_terminal = os.isatty(0)
+    signals = incoming_signals()
+    server = set_up(arguments)
+    service = server.service
+    server.start()
+    log.info(f"sis_sync {__version__} listens on {server.url}{SYNC_PATH}")
+    announce(service)
+    while server.accepting.is_alive():
+        sleep(0.1)
+        if not signals:
+            continue
+        # SIGHUP means "read the configuration again". But a terminal that is closed sends it, too,
+        # to all programs that were started in it.
+        terminal_closed = on_terminal and not os.isatty(0)
+        if signals.pop(0) == HANGUP and not terminal_closed:
+            reload(service, arguments)
+            continue
+        log.info("stopping; a second signal stops at once")
+        server.leave()
+        log.info("stopped")
+        return 0
+    log.critical("the thread that accepts connections has ended: see above")
+    return 1
+
+
+def set_up(arguments, rehearsal=False) -> Server:
+    """Do all that a start does before it accepts connections: read the configuration, open the
+    database, and listen. The command `check` rehearses it. Raises CommandError."""
+    return Server(Service(load_configuration(arguments), rehearsal))
+
+
+def announce(service):
+    """Say in the log what is used."""
+    log.info(f"configuration: {service.config.file or 'defaults, as there is no file'}")
+    log.info(f"{'new ' if service.database.is_new else ''}database: {service.database.path}")
+
+
+def incoming_signals() -> list:
+    """A list to which signals are added as they arrive. Python calls `remember` between any two
+    steps of the main thread. Something may be half done there, so it does no more than this. After
+    a first signal to stop, a second one has its usual effect: it ends the process."""
+    signals: list = []
+
+    def remember(number, _):
+        if number != HANGUP:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signals.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, HANGUP):
+        # Whoever started us with a signal ignored, as nohup does, wants us to survive it.
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, remember)
+    return signals
+
+
+def reload(service, arguments):
+    """Read the file again. A faulty one changes nothing."""
+    old = service.config
+    try:
+        new = load_configuration(arguments)
+        if old.file and not new.file:
+            raise CommandError(f"{old.file} is not there any more")
+    except Exception as error:  # noqa: BLE001  # no file, however odd, stops a running server
+        faults = error.args if isinstance(error, CommandError) else [describe(error)]
+        log.error(f"not reloaded: {'; '.join(faults)}")
+        return
+    if bool(new.tls) != bool(old.tls):  # from http to https, or back
+        new.tls = old.tls
+    service.config = new
+    log.info("reloaded; host, port, database, and http or https need a restart")
+
+
+def log_to_stderr():
+    """Each line begins with the time in UTC."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = gmtime
+    handler.setFormatter(formatter)
+    log.handlers[:] = [handler]
+    log.propagate = False
 
 
 # ---------------------------------------------------------------------------------------------
 # The other way in: WSGI
 # ---------------------------------------------------------------------------------------------
 
-wsgi_lock = threading.Lock()        # of the one service that `application` makes
+# WSGI (PEP 3333) is how a web server written in Python, such as gunicorn, waitress or Apache's
+# mod_wsgi, calls a program. That web server reads the head of a request and writes the answer, and
+# we do what is between. `gunicorn sis_sync:application` is all it takes.
+
+# These settings have no effect there: the web server listens, and has limits of its own.
+TAKEN_OVER = """host port tls_certificate tls_key
+max_connections max_connections_per_client request_timeout"""
+first_request = threading.Lock()
 
 
-def wsgi_body(environ: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
-    """The body as a WSGI server hands it on: up to Content-Length, or to its end if it has one."""
-    read, terminated = environ["wsgi.input"].read, environ.get("wsgi.input_terminated")
-    demand(terminated or "transfer-encoding" not in headers,
-             "this host does not hand chunked bodies on: send a Content-Length")
+def application(environ, start_response) -> list:
+    """Answer one request, as WSGI wants it: `environ` has the request; X-Request-ID, for example,
+    is HTTP_X_REQUEST_ID there. We call start_response with the status and the headers, and return
+    the body as a list of bytes."""
+    request = Request(environ.get("REMOTE_ADDR", ""), None)  # its config comes below
+    request.method = environ["REQUEST_METHOD"]
+    request.path = environ.get("PATH_INFO") or "/"
+    for name, value in environ.items():
+        # CONTENT_TYPE and CONTENT_LENGTH have no HTTP_ in front of them. Some web servers set
+        # them to "" if the client has not sent them.
+        if name.startswith("HTTP_") or (name in ("CONTENT_TYPE", "CONTENT_LENGTH") and value):
+            header = name.removeprefix("HTTP_").replace("_", "-").lower()
+            request.headers[header] = value
+    request.body = wsgi_pieces(environ, request)
     try:
-        if "content-length" in headers or not terminated:
-            yield from exactly(int(headers.get("content-length", "0")), read)
+        # Without the lock, several first requests at once would make several services, each with a
+        # rate limiter of its own.
+        with first_request:
+            service = get_service()
+        request.config = service.config
+        response = service.handle(request)
+    except CommandError as error:  # the configuration or the database is no good
+        response = answer_to(error, request)
+    log_request(request, response)
+    phrase = http.HTTPStatus(response.status).phrase
+    start_response(f"{response.status} {phrase}", list(response.headers.items()))
+    return [response.body]
+
+
+@lru_cache
+def get_service() -> Service:
+    """The service. The first call makes it, and @lru_cache keeps it for all later calls."""
+    log_to_stderr()
+    service = Service(load_configuration(Arguments(config=None)))
+    announce(service)
+    warn_of_taken_over(service.config)
+    return service
+
+
+def warn_of_taken_over(config):
+    """Say which settings the operator changed in vain. (SETTINGS has the default first.)"""
+    settings = {**SETTINGS["server"], **SETTINGS["limits"]}
+    changed = [key for key in TAKEN_OVER.split() if str(getattr(config, key)) != settings[key][0]]
+    if changed:
+        log.warning(f"warning: the web server decides, so without effect: {', '.join(changed)}")
+
+
+def wsgi_pieces(environ, request):
+    """Yield the pieces of the body, up to Content-Length; or until there are no more, if the web
+    server promises with wsgi.input_terminated that there is an end. This is a generator, too: a
+    Refusal is raised while `read_body` loops over it."""
+    read = environ["wsgi.input"].read
+    has_end = environ.get("wsgi.input_terminated")
+    require(
+        has_end or "transfer-encoding" not in request.headers,
+        "this host does not hand chunked bodies on: send a Content-Length",
+    )
+    try:
+        if has_end and "content-length" not in request.headers:
+            piece = read(PIECE)
+            while piece:
+                yield piece
+                piece = read(PIECE)
         else:
-            yield from iter(lambda: read(PIECE), b"")
-    except Exception:  # noqa: BLE001  PEP 3333 does not say what a broken connection raises
+            yield from read_exactly(request.content_length(), read)
+    except Exception:  # noqa: BLE001  # PEP 3333 does not say what a broken connection raises
         raise Refusal("malformed_request", "the request ended before it was whole") from None
 
 
-@functools.cache
-def wsgi_service() -> Service:
-    log_to_stderr()
-    return Service(load_configuration())
+# ---------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------
+
+# sis_sync.ini has the sections [server], [limits], and [institution NAME] for each institution.
+# A mistake in it must not go unnoticed: we refuse to start, and name all of them at once. For
+# example, "prot = 80" below [server] gives
+#
+#     sis_sync.ini: [server] prot: unknown key; allowed: host, port, ...; did you mean port?
+
+SHORT_SECRET = 16  # characters; a shorter one can perhaps be guessed
+WARN_SECONDS = 14 * 24 * 60 * 60  # before the certificate runs out
+DEFAULT_FILE = Path(__file__).resolve().with_suffix(".ini")
 
 
-def application(environ: Mapping[str, Any],
-                start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """The WSGI callable (PEP 3333). It reads its configuration at the first request."""
-    headers = {name.removeprefix("HTTP_").replace("_", "-").lower(): str(value)
-               for name, value in environ.items()
-               if name.startswith("HTTP_") or name in ("CONTENT_TYPE", "CONTENT_LENGTH") and value}
-    request = Request(environ.get("REMOTE_ADDR", ""), environ["REQUEST_METHOD"],
-                      environ.get("PATH_INFO") or "/", headers, wsgi_body(environ, headers))
+class Configuration(argparse.Namespace):
+    """What the operator decides. Its attributes are all keys of [server] and [limits], and
+
+    institutions  a list of Institution
+    tls           an ssl.SSLContext, or None for plain HTTP
+    file          the path of the file, or "" if there is none
+
+    (A Namespace makes attributes of the names that it is called with.) Nobody changes it while it
+    is in use: a reload makes another one."""
+
+
+class BadSetting(argparse.ArgumentTypeError):
+    """A value in the file, or an option of the command line, is not what it must be. (argparse
+    reads the command line. It shows the words of an ArgumentTypeError to the user.)"""
+
+
+class Format(NamedTuple):
+    """What a text must look like, and how it becomes a value. This serves for the settings in the
+    file and for the options of the command line. A Format is called like a function:
+    whole_number(1, 10)("7") returns 7."""
+
+    words: str  # what is allowed
+    pattern: str = "(?s).*"  # (?s) lets the dot match line ends, too
+    make: Callable = str  # makes the value of the text; may raise ValueError
+    among: Iterable = ()  # all values that are allowed, if they can be listed
+    shown: bool = True  # whether a wrong text may be shown; it may be a secret
+
+    def __call__(self, text):
+        """Return the value, or raise BadSetting."""
+        with suppress(ValueError, OverflowError):
+            if fullmatch(self.pattern, text):
+                value = self.make(text)
+                if not self.among or value in self.among:
+                    return value
+        found = repr(text[:60]) if self.shown else "something else"
+        raise BadSetting(f"found {found}; must be {self.words}")
+
+
+def whole_number(low, high) -> Format:
+    # int alone would also take "+5", "5_000" and "٥".
+    words = f"a whole number from {low} to {high}"
+    return Format(words, "[0-9]{1,12}", int, range(low, high + 1))
+
+
+def split_networks(text) -> list:
+    words = text.replace(",", " ").split()
+    # parse_address makes 10.0.0.1 of ::ffff:10.0.0.1; ip_network also takes 10.0.0.0/8.
+    return [ipaddress.ip_network(parse_address(word) or word) for word in words]
+
+
+def split_list(text) -> frozenset:
+    words = {word.strip() for word in re.split("[,\n]", text)}
+    return frozenset(words - {""})
+
+
+ADDRESS = Format("an IP address, as no name is looked up", make=ipaddress.ip_address)
+FILE = Format("the path of a file", r"[^\x00-\x1f\x7f]+")
+NO_FILE = Format("the path of a file, or nothing", r"[^\x00-\x1f\x7f]*")
+NETWORKS = Format("addresses, or networks without host bits, or nothing", make=split_networks)
+# To configparser, an indented line belongs to the value above it. So if there is a "=" in a list, a
+# key was probably indented by mistake.
+LIST = Format("values with commas or line ends between; a key is not indented", "[^=]*", split_list)
+SECRET_PLACE = r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\x00-\x1f\x7f]+|sha256:[0-9A-Fa-f]{64})"
+SECRET_PLACES = Format(
+    "env:NAME, file:PATH or sha256:HEX (64 digits); several have white space between them, so a "
+    "PATH can have none; never the secret itself",
+    rf"({SECRET_PLACE}(\s+{SECRET_PLACE})*)?",
+    str.split,
+    shown=False,
+)
+
+# Each section with its keys: the default, and the format. sis_sync.ini explains each of them.
+SETTINGS = {
+    "server": {
+        "host": ("127.0.0.1", ADDRESS),
+        "port": ("8080", whole_number(0, 65535)),
+        "database": ("sis_sync.db", FILE),
+        "tls_certificate": ("", NO_FILE),
+        "tls_key": ("", NO_FILE),
+        "trusted_proxies": ("", NETWORKS),
+    },
+    "limits": {
+        "requests_per_minute": ("20", whole_number(1, 100_000)),
+        "max_students": ("5000", whole_number(1, 100_000)),
+        "max_body_bytes": ("8388608", whole_number(1024, 1 << 30)),
+        "max_connections": ("256", whole_number(1, 10_000)),
+        "max_connections_per_client": ("32", whole_number(1, 10_000)),
+        "request_timeout": ("30", whole_number(1, 3600)),
+    },
+    "institution": {
+        "secrets": ("env:SIS_SYNC_SECRET", SECRET_PLACES),
+        "cohorts": ("", LIST),
+        "programs": ("", LIST),
+        "campuses": ("", LIST),
+        "bad_rows": ("skip", Format("skip or reject", among=("skip", "reject"))),
+    },
+}
+
+
+def load_configuration(arguments) -> Configuration:
+    """Read the configuration. Raises CommandError with all faults that it has.
+
+    The file is what --config names, else what SIS_SYNC_CONFIG names, else sis_sync.ini beside this
+    module. If nobody named a file and there is none, all settings have their defaults."""
+    named = arguments.config or os.environ.get("SIS_SYNC_CONFIG")
+    file = Path(named or DEFAULT_FILE).absolute()
+    exists = named or file.exists()
+    sections = read_ini(file) if exists else {}
+    faults: list = []  # each of the functions below adds what it finds
+    settings: dict = {}
+    for section in ("server", "limits"):
+        settings.update(read_section(section, sections.pop(section, {}), faults))
+    for key in ("host", "port"):  # `serve` has them as options; if not given, they are missing
+        settings[key] = getattr(arguments, key, settings[key])
+    for key in ("database", "tls_certificate", "tls_key"):
+        if settings[key]:
+            settings[key] = str(file.parent / settings[key])
+    # Without any [institution NAME] there is one called default. Its secret is SIS_SYNC_SECRET.
+    institutions = read_institutions(sections or {"institution default": {}}, file.parent, faults)
+    tls = read_tls(settings["tls_certificate"], settings["tls_key"], faults)
+    if faults:
+        raise CommandError(*(f"{file}: {fault}" for fault in faults))
+    # What is allowed, but probably not meant.
+    if not any(institution.digests for institution in institutions):
+        log.warning("warning: no institution has a secret set: every push will be answered 503")
+    if not tls and not settings["host"].is_loopback:
+        log.warning(f"warning: [server] host: {settings['host']} is open to others, without TLS")
+    path = str(file) if exists else ""
+    return Configuration(**settings, institutions=institutions, tls=tls, file=path)
+
+
+def read_ini(file: Path) -> dict:
+    """The sections and keys of the file, as text."""
+    # No interpolation: it gives % a meaning. No default section: it would add to all others.
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    # How a section begins. The pattern of configparser would ignore what stands behind the "]".
+    parser.SECTCRE = re.compile(r"\[(?P<header>[^]]+)\]$")
     try:
-        with wsgi_lock:
-            service = wsgi_service()
-        response = service.handle(request)
-    except CommandError as error:
-        response = Response.of_refusal(request, Refusal("server_error", request_id=request.id))
-        log_request(request, response._replace(error="; ".join(error.args)))
-    status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
-    start_response(status, list(response.headers))
-    return [response.body]
+        data = file.read_bytes()
+        parser.read_string(data.decode("utf-8-sig"))  # Notepad writes a byte order mark
+        return {section: dict(parser[section]) for section in parser.sections()}
+    except OSError as error:
+        words = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        words = f"is not UTF-8{looks_like(data)}"
+    except configparser.Error as error:
+        # Its own words would show the line, which may hold a secret. Its attributes are `lineno`,
+        # or if it is a ParsingError `errors`, a list of pairs (line number, line).
+        line = vars(error).get("lineno") or vars(error)["errors"][0][0]
+        words = f"line {line}: must be [section], or key = value below one, and each of them once"
+    raise CommandError(f"{file}: {words}")
+
+
+def read_section(section, texts, faults) -> dict:
+    """The values of one section, by key. `texts` has what the file says; SETTINGS has the rest."""
+    known = SETTINGS[section.partition(" ")[0]]
+    for key in texts:
+        if key not in known:
+            # A strange key may be a secret with a "=" in it, on a line of its own: do not show it.
+            shown = key if fullmatch("[A-Za-z_-]{1,30}", key) else "what is before the ="
+            faults.append(f"[{section}] {shown}: {unknown('key', key, list(known))}")
+    values = {}
+    for key, (default, read) in known.items():
+        text = texts.get(key, default)
+        try:
+            if re.search(r"(^|\s)[#;]", text):
+                raise BadSetting("a comment must stand on a line of its own")
+            values[key] = read(text)
+        except BadSetting as error:
+            faults.append(f"[{section}] {key}: {error}")
+            values[key] = ""
+    return values
+
+
+def unknown(what, name, known):
+    """Words for a name that we do not know, and the known name that is most like it."""
+    words = f"unknown {what}; allowed: {', '.join(known)}"
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"{words}; did you mean {close[0]}?" if close else words
+
+
+def read_institutions(sections, folder, faults) -> list:
+    """The institutions. Each of these sections must be an [institution NAME]."""
+    institutions = []
+    # By digest: the section that has it. Nobody may have the digest of the empty secret.
+    owners = {sha256(b"").digest(): "nobody: it is empty"}
+    for section, texts in sections.items():
+        if not fullmatch("institution [a-z0-9-]{1,64}", section):
+            known = ["server", "limits", "institution NAME"]
+            faults.append(f"[{section}]: {unknown('section', section, known)} (NAME: a-z, 0-9, -)")
+            continue
+        values = read_section(section, texts, faults)
+        digests = []
+        for source in values["secrets"]:
+            try:
+                digest = digest_of(source, folder)
+                # If two institutions had one secret, one would be taken for the other.
+                owner = owners.setdefault(digest, section)  # who had it first
+                if owner != section:
+                    raise CommandError(f"one of them is also that of {owner}")
+                digests.append(digest)
+            except OSError as error:  # only a warning, so that the others can push
+                log.warning(f"warning: [{section}] secrets: not set: {error}")
+            except CommandError as error:
+                faults.append(f"[{section}] secrets: {error}")
+        log.info(f"{section}: secrets set: {len(digests)}")
+        name = section.partition(" ")[2]
+        lists = {key: values[key] for key in LISTS}
+        institutions.append(Institution(name, tuple(digests), lists, values["bad_rows"]))
+    return institutions
+
+
+def digest_of(source, folder) -> bytes:
+    """The digest of the secret at env:NAME, file:PATH or sha256:HEX."""
+    if source.startswith("sha256:"):
+        return bytes.fromhex(source[7:])
+    return sha256(read_secret(source, folder)).digest()
+
+
+def read_secret(source, folder) -> bytes:
+    """The secret at env:NAME or file:PATH. Raises OSError if there is none, CommandError if what is
+    there cannot be one."""
+    scheme, _, place = source.partition(":")
+    if scheme == "env":
+        return check_secret(source, os.fsencode(os.environ.get(place, "")))
+    path = folder / place
+    return check_secret(str(path), path.read_bytes())
+
+
+def check_secret(source, text: bytes) -> bytes:
+    """The secret in this text. Raises OSError if it is empty, CommandError if it is not usable."""
+    secret = text.removeprefix(b"\xef\xbb\xbf").strip()  # Notepad writes a byte order mark
+    if not secret:
+        raise OSError(f"{source}: missing or empty")
+    # `sis_sync.py secret > file` writes two lines there: the secret and its digest.
+    is_word = fullmatch(rb"[!-~\x80-\xff]{1,%d}" % MAX_SECRET, secret)
+    if not is_word or secret.lower().startswith(b"sha256:"):
+        raise CommandError(
+            f"{source}: must be the secret alone, a word of at most {MAX_SECRET} bytes"
+            f"{looks_like(text)} (a sha256: line goes into sis_sync.ini itself, after secrets =)"
+        )
+    if len(secret) < SHORT_SECRET:
+        log.warning(f"warning: {source}: shorter than {SHORT_SECRET} characters")
+    if secret[:1] in (b'"', b"'"):
+        log.warning(f"warning: {source}: the secret still has its quotes")
+    return secret
+
+
+def read_tls(certificate, key, faults) -> ssl.SSLContext | None:
+    """What is needed to speak https, or None for http."""
+    if not certificate:
+        if key:
+            faults.append("[server] tls_key: stands without tls_certificate")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Some versions of Python do not know these two options. The first: a client must not make us
+    # repeat the handshake, which costs us much more than the client. The second: if a client or
+    # `leave` ends the connection without a word of TLS, we can still send the answer.
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    try:
+        # Without a password, OpenSSL would ask for one on the terminal and wait.
+        context.load_cert_chain(certificate, key or None, password="")
+    except OSError as error:
+        faults.append(
+            f"[server] tls_certificate: {certificate}: must be certificates in PEM, the server's "
+            f"own before those of its issuers, and tls_key its key, unencrypted ({error.strerror})"
+        )
+        return None
+    last_day = last_day_of(certificate)
+    if last_day < strftime("%Y%m%d", gmtime(time.time() + WARN_SECONDS)):
+        log.warning(f"warning: [server] tls_certificate: its last day is {last_day}")
+    return context
+
+
+def last_day_of(certificate):
+    """The last day of the first certificate in this file, as in "20271231".
+
+    The standard library tells this only of other people's certificates. Within the bytes of ours,
+    the first and the last second of its validity stand side by side (RFC 5280 section 4.1.2.5):
+
+        17 0d 260101000000Z 17 0d 271231235959Z
+
+    (From 2050 on, it is 18 0f and four digits of the year.) So between a Z and the next Z we find
+    the last one."""
+    text = Path(certificate).read_text("latin-1")
+    base64 = re.findall("(?s)-----BEGIN .*?CERTIFICATE-----(.*?)-----END", text)[0]
+    der = binascii.a2b_base64(base64)
+    digits = re.findall(rb"Z(?:\x17\x0d|\x18\x0f)([0-9]+)Z", der)[0]
+    day = digits[:-6].decode()
+    return day if len(day) == 8 else f"20{day}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The OpenAPI document
+# ---------------------------------------------------------------------------------------------
+
+# /openapi.json describes all of the above for programs that generate clients. No push passes
+# through this chapter, so you can skip it. What is the same for ever stands here as text. What can
+# change is filled in from the tables that the code checks with: FIELDS, ERRORS and ROUTES.
+
+EXAMPLE = {"cohort_id": "2026", "students": [{field.name: field.example for field in FIELDS}]}
+OPENAPI = """
+{
+  "openapi": "3.1.0",
+  "servers": [{"url": "/"}],
+  "info": {
+    "title": "sis_sync",
+    "license": {"name": "MIT", "identifier": "MIT"},
+    "description": "An institution may send requests_per_minute, 20 by default; then it gets 429."
+  },
+  "paths": {
+    "/api/sis/sync": {
+      "security": [{"secret": []}],
+      "requestBody": {
+        "required": true,
+        "description": "UTF-8, plain or Content-Encoding: gzip; or chunked.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Batch"}}}
+      },
+      "responses": {"200": {
+        "description": "the rows are on disk; those in errors were not stored",
+        "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
+        "content": {"application/json": {
+          "schema": {"$ref": "#/components/schemas/Result"},
+          "example": {
+            "received": 2, "imported": 1,
+            "details": {"imported": 1, "updated": 0, "unchanged": 0},
+            "errors": [{"row": 2, "field": "email", "error": "missing_field",
+                        "message": "email required"}],
+            "ignored": ["firstName"]
+          }
+        }}
+      }}
+    },
+    "/healthz": {
+      "security": [],
+      "responses": {"200": {
+        "description": "the database answers",
+        "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
+        "content": {"application/json": {
+          "schema": {"type": "object", "required": ["status"],
+                     "properties": {"status": {"type": "string"}}},
+          "example": {"status": "ok"}
+        }}
+      }}
+    },
+    "/openapi.json": {
+      "security": [],
+      "responses": {"200": {
+        "description": "this document",
+        "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
+        "content": {"application/json": {"schema": {"type": "object"}}}
+      }}
+    }
+  },
+  "components": {
+    "securitySchemes": {"secret": {"type": "http", "scheme": "bearer"}},
+    "schemas": {
+      "Batch": {
+        "type": "object",
+        "required": ["cohort_id", "students"],
+        "properties": {
+          "students": {
+            "type": "array",
+            "description": "each student_id_ext once",
+            "items": {"$ref": "#/components/schemas/Student"}
+          }
+        }
+      },
+      "Student": {
+        "type": "object",
+        "description": "The whole record: what is left out is null. No half of a surrogate pair.",
+        "required": [],
+        "properties": {}
+      },
+      "Result": {
+        "type": "object",
+        "required": ["received", "imported", "details", "errors", "ignored"],
+        "properties": {
+          "received": {"type": "integer"},
+          "imported": {"type": "integer"},
+          "details": {
+            "type": "object",
+            "required": ["imported", "updated", "unchanged"],
+            "properties": {
+              "imported": {"type": "integer"},
+              "updated": {"type": "integer"},
+              "unchanged": {"type": "integer"}
+            }
+          },
+          "errors": {"type": "array", "items": {"$ref": "#/components/schemas/RowError"}},
+          "ignored": {"type": "array", "items": {"type": "string"}}
+        }
+      },
+      "RowError": {
+        "type": "object",
+        "required": ["row", "field", "error", "message"],
+        "properties": {
+          "row": {"type": "integer", "minimum": 1},
+          "field": {"type": ["string", "null"]},
+          "error": {
+            "type": "string",
+            "enum": ["missing_field", "invalid_field", "duplicate_student", "not_an_object"]
+          },
+          "message": {"type": "string"}
+        }
+      }
+    }
+  }
+}
+"""
+# The answer to an error, and what else it may carry.
+ERROR_RESPONSE = """
+{
+  "description": "",
+  "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
+  "content": {"application/json": {"schema": {
+    "type": "object",
+    "required": [],
+    "properties": {"error": {"type": "string"}, "detail": {"type": "string"}},
+    "examples": []
+  }}}
+}
+"""
+CARRIED = loads("""
+{
+  "field": {"type": "string", "examples": ["cohort_id"]},
+  "errors": {
+    "type": "array",
+    "items": {"$ref": "#/components/schemas/RowError"},
+    "examples": [[
+      {"row": 2, "field": "email", "error": "missing_field", "message": "email required"}
+    ]]
+  },
+  "max": {"type": "integer", "examples": [5000]},
+  "max_bytes": {"type": "integer", "examples": [8388608]},
+  "retry_after": {"type": "integer", "minimum": 1, "examples": [3]},
+  "request_id": {"type": "string", "examples": ["9c1185a5c5e9fc54"]}
+}
+""")
+TYPES = {str: "string", bool: "boolean", int: "integer"}
+# The rules of a string, as patterns that every language reads alike. Some generators write them
+# into source code, where the characters U+0085, U+2028 and U+2029 would end the line. So the first
+# is written as an escape, and the others are within a range. (The range also has a few that are no
+# white space. A client that keeps to the pattern refuses them, which does no harm.)
+CONTROL = r"\x00-\x1f\x7f"
+SPACE = r" \x85" + "\xa0\u1680\u2000-\u200a\u2027-\u202f\u205f\u3000"
+# Something that is no white space at both ends, and no control character anywhere.
+TEXT_PATTERN = f"[^{CONTROL}{SPACE}]+(?:[{SPACE}]+[^{CONTROL}{SPACE}]+)*"
+
+
+def schema_of(field) -> dict:
+    """The JSON Schema of a field. What it accepts, check_value accepts."""
+    schema: dict = {"type": TYPES[field.kind], "description": field.meaning}
+    if field.kind is int:
+        schema.update(minimum=INTEGERS[0], maximum=INTEGERS[-1])
+    if field.kind is str:
+        optional = "" if field.required else "?"
+        schema["pattern"] = f"^(?:{TEXT_PATTERN}){optional}$"
+        schema["maxLength"] = field.longest
+    if field.pattern:
+        # A field that you add may have "(?i)f|m": f or m, capital or small. Other languages want
+        # that as "(?i:f|m)".
+        pattern = re.sub(r"^\(\?([a-z]+)\)(.*)$", r"(?\1:\2)", field.pattern)
+        pattern = pattern.replace(WIDE_SPACE, SPACE)
+        schema["allOf"] = [{"pattern": f"^(?:{pattern})$"}]  # both patterns must match
+    if not field.required:
+        schema["type"] = [schema["type"], "null"]
+    return schema
+
+
+def add_error(responses: dict, code, error: ErrorCode):
+    """Describe one more error among the responses of an operation."""
+    response = responses.setdefault(str(error.status), loads(ERROR_RESPONSE))
+    response["description"] += f"{code}: {error.meaning}. "
+    schema = response["content"]["application/json"]["schema"]
+    examples = schema["examples"]
+    examples.append({"error": code, "detail": error.meaning})
+    for name in error.carries:
+        schema["properties"][name] = CARRIED[name]
+        examples[-1][name] = CARRIED[name]["examples"][0]
+    schema["properties"]["error"]["enum"] = sorted({example["error"] for example in examples})
+    # set(example) is the set of its keys. What all examples have is required.
+    schema["required"] = sorted(set.intersection(*map(set, examples)))
+    for name, value in error.headers:
+        response["headers"][name] = {"schema": {"type": TYPES[type(value)]}}
+
+
+def openapi_document(max_students) -> dict:
+    """OpenAPI 3.1 of the contract."""
+    document = loads(OPENAPI)
+    document["info"]["version"] = __version__
+    schemas = document["components"]["schemas"]
+    student = schemas["Student"]
+    for field in FIELDS:
+        student["properties"][field.name] = schema_of(field)
+        if field.required:
+            student["required"].append(field.name)
+        if field.listed:
+            schemas["RowError"]["properties"]["error"]["enum"].append(LISTS[field.listed])
+    batch = schemas["Batch"]
+    batch["examples"] = [EXAMPLE]
+    batch["properties"]["cohort_id"] = schema_of(COHORT)
+    batch["properties"]["students"]["maxItems"] = max_students
+    for path, (methods, answer, summary) in ROUTES.items():
+        # A route that is new in ROUTES is not in the text above.
+        operation = document["paths"].get(path, {"responses": {"200": {"description": "done"}}})
+        operation.update(operationId=answer.__name__, summary=summary)
+        document["paths"][path] = {methods.partition(",")[0].lower(): operation}
+        for name, error in ERRORS.items():
+            if error.only_in in ("", answer.__name__):
+                add_error(operation["responses"], error.code or name, error)
+    return document
 
 
 # ---------------------------------------------------------------------------------------------
 # The pushing side
 # ---------------------------------------------------------------------------------------------
 
-ATTEMPTS = 5                        # further ones after a fault of the connection or the server
-MAX_REQUESTS = 100                  # for one page, however often a server asks to wait
-ANSWER_TIMEOUT = 60.0               # seconds without a byte
-FINAL = ("not_implemented", "http_version_not_supported", "not_configured")   # though 5xx
-ANYONE = Institution("", (), {})    # who has no lists
-Row = tuple[int, object]            # its line in the file, in JSON its number; and the student
+# From here on it is the same contract from the other side: `push` sends a file to a server, page by
+# page. To send a page twice does no harm, so whenever the answer is lost, we send it again.
+
+RETRIES = 5  # after a fault of the connection or the server
+MAX_REQUESTS = 100  # for one page, however often a server asks to wait
+MAX_WAIT = 3600  # seconds; if a server asks for more, we stop and say so
+ANSWER_TIMEOUT = 60.0  # seconds without a byte
+MAX_ANSWER = 16 << 20  # bytes; http.client of Python 3.9 takes as much memory at once
+DETAILS = ("imported", "updated", "unchanged")  # the contract's words; "imported" are the new ones
+ANYONE = Institution("", (), {})  # an institution without lists
 
 
 class Answer(NamedTuple):
     """What a server answered to a page."""
 
-    status: int                     # 0: it did not
-    document: Mapping[str, Any]
-    retry_after: int = 0            # seconds; 0: it does not say
+    status: int  # 0 if there was no answer
+    document: dict
+    retry_after: int = 0  # seconds, or 0 if it does not say
 
-    def __str__(self) -> str:
-        words = ": ".join(str(self.document[key]) for key in ("error", "detail")
-                          if key in self.document) or "in words that are not of sis_sync"
-        return f"the server answered {self.status} {words}" if self.status else words
+    def __str__(self):
+        error = self.document.get("error", "an answer that is not of sis_sync")
+        detail = self.document.get("detail", "")
+        return f"{error}: {detail} (status {self.status})"
 
 
 class Push:
-    """A roster on its way: pages, patience, and no page lost or sent for nothing. post: gives a
-    page to a server, or to whoever judges it in its place."""
+    """A roster on its way, page by page. `post` is a function that takes a page and returns the
+    Answer: that of a Client, or for a dry run `check_locally`."""
 
-    def __init__(self, post: Callable[[Mapping[str, object]], Answer], cohort_id: str,
-                 rows: Sequence[Row], stream: TextIO) -> None:
-        self.post, self.cohort_id, self.rows, self.stream = post, cohort_id, rows, stream
-        self.done = 0                           # rows of pages that were answered with 200
-        self.counts = dict.fromkeys(("imported", "updated", "unchanged"), 0)    # as answers say
-        self.rejected: list[tuple[int, str]] = []       # as rows, with what is wrong with each
-        self.ignored: set[str] = set()
-        self.started = time.monotonic()
+    def __init__(self, post, cohort_id, rows, output):
+        self.post = post
+        self.cohort_id = cohort_id
+        self.rows = rows  # pairs: the number in the file, the student
+        self.output = output  # where the progress is shown
+        self.done = 0  # rows of pages that were answered with 200
+        self.counts = dict.fromkeys(DETAILS, 0)
+        self.rejected = {}  # by the number in the file: what is wrong
+        self.ignored = set()
 
-    def run(self, page_size: int) -> None:
-        """Send all rows, page by page. Raises CommandError where the server says no for good."""
+    def run(self, page_size):
+        """Send all rows. Raises CommandError if the server says no for good."""
         try:
             while self.done < len(self.rows):
-                page = self.rows[self.done:self.done + page_size]
+                page = self.rows[self.done : self.done + page_size]
                 answer = self.ask(page)
-                if answer.status == 413 and len(page) > 1:
-                    page_size = len(page) // 2      # of the pages to come, too
+                if answer.status == 413 and len(page) > 1:  # from now on with half the size
+                    page_size = len(page) // 2
                     continue
-                if not self.count(page, answer.document) or answer.status != 200:
+                self.count(page, answer)  # a refusal may name bad rows, too
+                if answer.status != 200:
                     raise CommandError(f"stopped: {answer}")
                 self.done += len(page)
                 self.show()
         finally:
-            if self.stream.isatty():
-                print(file=self.stream)             # what follows is not for the bar's line
+            if self.output.isatty():
+                print(file=self.output)  # the line of the bar ends
 
-    def ask(self, page: Sequence[Row]) -> Answer:
-        """Send a page, again and again if that may help; the same one twice does no harm."""
-        document = {COHORT.name: self.cohort_id, "students": [student for _, student in page]}
-        # Jitter, so that the clients of a server that comes back don't come all at once.
-        waits = [2 ** number * random.uniform(0.75, 1.25) for number in range(ATTEMPTS)]
+    def ask(self, page):
+        """Send a page, again and again if that may help."""
+        students = [student for _, student in page]
+        attempts = 0
         for _ in range(MAX_REQUESTS):
-            answer = self.post(document)
-            passing = answer.status in (0, 408, 429) or answer.status >= 500
+            answer = self.post({"cohort_id": self.cohort_id, "students": students})
+            # If the server names a time, we wait for so long, as often as it says so. Otherwise we
+            # try RETRIES times, and wait longer each time.
             if answer.status in (429, 503) and answer.retry_after:
-                seconds = float(answer.retry_after)
-            elif passing and waits and answer.document.get("error") not in FINAL:
-                seconds = waits.pop(0)
+                seconds = answer.retry_after
+            elif attempts < RETRIES and (answer.status in (0, 408, 429) or answer.status >= 500):
+                # Random, so that the clients of a server that comes back do not come all at once.
+                seconds = 2**attempts * random.uniform(0.75, 1.25)
+                attempts += 1
             else:
                 break
+            if seconds > MAX_WAIT:
+                raise CommandError(f"stopped: {answer}; it asks to wait {seconds} s")
             self.show(f", {answer.document.get('error', answer.status)}: again in {seconds:.0f} s")
-            time.sleep(seconds)
+            sleep(seconds)
         return answer
 
-    def count(self, page: Sequence[Row], document: Mapping[str, Any]) -> bool:
-        """Count an answer in. False if it has no counts; a refused batch has errors alone."""
-        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
-            self.rejected += [(page[error["row"] - 1][0], f"{error['error']}: {error['message']}")
-                              for error in document["errors"]]
-            for name in self.counts:
-                self.counts[name] += int(document["details"][name])
-            self.ignored.update(map(str, document.get("ignored", ())))
-            return True
-        return False
+    def count(self, page, answer):
+        """Add up what an answer says. Raises CommandError if a 200 is not one of sis_sync."""
+        document = answer.document
+        try:
+            for error in document.get("errors", []):
+                number, _ = page[error["row"] - 1]
+                self.rejected[number] = f"{error['error']}: {error['message']}"
+            if answer.status == 200:
+                for name in DETAILS:
+                    self.counts[name] += int(document["details"][name])
+                self.ignored.update(map(str, document.get("ignored", [])))
+        except (LookupError, TypeError, ValueError, OverflowError):
+            raise CommandError(f"stopped: {answer}") from None
 
-    def show(self, more: str = "") -> None:
-        """How far it is: a bar on a terminal, elsewhere a line for each page."""
-        speed = self.done / (time.monotonic() - self.started + 0.001)   # a clock may stand still
-        text = f"{self.done:,} of {len(self.rows):,} students, {speed:,.0f}/s{printable(more)}"
-        bar = "#" * (20 * self.done // len(self.rows))
-        line = f"\r\x1b[K[{bar:<20}] {text}" if self.stream.isatty() else f"{text}\n"
-        with contextlib.suppress(OSError):      # a push goes on when nobody looks any more
-            print(line, end="", file=self.stream, flush=True)
+    def show(self, more=""):
+        """Show how far it is: a bar on a terminal, else a line for each page."""
+        text = f"{self.done:,} of {len(self.rows):,} students{printable(more)}"
+        end = "\n"
+        if self.output.isatty():
+            bar = "#" * (20 * self.done // len(self.rows))
+            text = f"\r\x1b[K[{bar:<20}] {text}"  # back to the start of the line, and empty it
+            end = ""
+        with suppress(OSError):  # a push goes on when nobody looks any more
+            print(text, end=end, file=self.output, flush=True)
 
 
 class Client:
     """A server, as the pushing side sees it."""
 
-    def __init__(self, url: str, secret: str, ca_file: str | None = None) -> None:
-        """Raises CommandError for a URL that is none, or certificates that can't be read."""
+    def __init__(self, url, secret, ca_file=None):
         self.headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
-        try:
-            parts = urllib.parse.urlsplit(url)
-            self.host = str(parts.hostname or "").encode("idna").decode("ascii")
-            if parts.scheme not in ("http", "https") or not self.host or parts.port == 0:
-                raise ValueError
-        except ValueError:
-            raise CommandError(f"--url {url}: must be http:// or https://, HOST[:PORT]") from None
-        self.path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%") or SYNC_PATH
-        kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
-        if parts.scheme == "https":
+        # For example: https, [2001:db8::1]:8443, [2001:db8::1], 8443, /path
+        host = r"\[[0-9A-Fa-f:.]+\]|[^\[\]/?#@:%\s]+"
+        match = fullmatch(rf"((?i:https?))://(({host})(?::([1-9][0-9]*))?)(/[^?#\s]*)?", url)
+        if not match or int(match[4] or 0) > 65535:
+            raise CommandError(
+                f"--url {url}: must be http:// or https://, HOST[:PORT][/PATH]; no user, no %zone"
+            )
+        scheme, self.host, name, _, path = match.groups()
+        self.path = quote((path or "").rstrip("/"), safe="/%") or SYNC_PATH
+        kind = http.client.HTTPConnection
+        options = {"timeout": ANSWER_TIMEOUT}
+        if scheme.lower() == "https":
+            kind = http.client.HTTPSConnection
             try:
-                context = ssl.create_default_context(cafile=ca_file)
-            except OSError as error:        # ssl.SSLError is one
+                options["context"] = ssl.create_default_context(cafile=ca_file)
+            except OSError as error:
                 raise CommandError(f"--ca-file {ca_file}: {error.strerror or error}") from None
-            kind = functools.partial(http.client.HTTPSConnection, context=context)
-        elif self.host not in ("localhost", "127.0.0.1", "::1"):
+        elif name not in ("localhost", "127.0.0.1", "[::1]"):
             say("warning: http:// to another machine sends secret and students in clear text")
-        self.connect = functools.partial(kind, parts.netloc.rpartition("@")[2],
-                                         timeout=ANSWER_TIMEOUT)
+        self.connect = partial(kind, self.host, **options)
 
-    def post(self, document: Mapping[str, object]) -> Answer:
-        """One request, no redirect followed. Raises CommandError if no later one would help."""
-        body = json.dumps(document).encode()
+    def post(self, document):
+        """Send one request. A redirect is not followed: it would take the secret elsewhere."""
+        body = dumps(document).encode()
         try:
-            with contextlib.closing(self.connect()) as connection:
+            with closing(self.connect()) as connection:
                 connection.connect()
-                # Who refuses it early closes while it is being sent: the answer is there to read.
-                with contextlib.suppress(ConnectionError, ssl.SSLEOFError):
+                # If the server refuses us while we still send, sending fails. But its answer is
+                # there, and we can read it.
+                with suppress(ConnectionError, ssl.SSLEOFError):
                     connection.request("POST", self.path, body, self.headers)
                 response = connection.getresponse()
-                text = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            self.explain(error)
+                text = response.read(MAX_ANSWER)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            stop_if_final(self.host, error)
             return Answer(0, {"error": f"no answer from {self.host}", "detail": str(error)})
-        answer: dict[str, Any] = {}
-        with contextlib.suppress(TypeError, ValueError, RecursionError):
-            answer = dict(json.loads(text))
+        try:
+            answer = dict(loads(text))
+        except (TypeError, ValueError, RecursionError):
+            answer = {}
         target = response.headers.get("Location")
         if target:
             answer = {"error": "redirect", "detail": f"it points to {target}: push there"}
-        seconds = re.fullmatch("[0-9]{1,6}", response.headers.get("Retry-After", ""))
-        return Answer(response.status, answer, int(seconds[0]) if seconds else 0)
-
-    def explain(self, error: Exception) -> None:
-        """Raises CommandError for a fault of the connection that only a person can mend."""
-        words = ""
-        if isinstance(error, ssl.SSLCertVerificationError):
-            words = f"has a certificate that does not hold: {error.verify_message}"
-            if "match" not in error.verify_message:
-                words += "; --ca-file names one to trust"
-        elif isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-            words = f"does not speak https at this port; does it speak http? ({error.reason})"
-        elif isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-            words = "is a name that does not resolve; is it spelt right?"
-        if words:
-            raise CommandError(f"stopped: {self.host} {words}")
+        seconds = response.headers.get("Retry-After", "")
+        if not fullmatch("[0-9]{1,9}", seconds):
+            seconds = "0"
+        return Answer(response.status, answer, int(seconds))
 
 
-def judge(document: Mapping[str, Any]) -> Answer:
-    """The answer of a server without lists, by the same functions; nothing is sent or stored."""
+def stop_if_final(host, error):
+    """Raises CommandError for a fault of the connection that only a person can mend."""
+    words = ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        words = f"has a certificate that does not hold: {error.verify_message}"
+        if re.search("self.signed|issuer", error.verify_message):
+            words += "; --ca-file names one to trust"
+    elif isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+        words = f"does not speak https at this port; does it speak http? ({error.reason})"
+    # A name with an empty part, such as a..b, is a UnicodeError.
+    elif isinstance(error, UnicodeError) or getattr(error, "errno", 0) == socket.EAI_NONAME:
+        words = "cannot be reached by this name and port; are they spelt right?"
+    if words:
+        raise CommandError(f"stopped: {host} {words}")
+
+
+def check_locally(document):
+    """For a dry run: answer as a server without lists would, with the same functions."""
     batch = check_batch(document, ANYONE, len(document["students"]))
-    return Answer(200, {"details": dict.fromkeys(("imported", "updated", "unchanged"), 0),
-                        "errors": [error._asdict() for error in batch.errors],
-                        "ignored": batch.ignored})
-
-
-# ---------------------------------------------------------------------------------------------
-# The OpenAPI document, for those who have their client generated
-# ---------------------------------------------------------------------------------------------
-
-EXAMPLE: dict[str, Any] = {COHORT.name: COHORT.example,
-                           "students": [{field.name: field.example for field in FIELDS}]}
-BAD_ROW = {"row": 2, "field": "email", "error": "missing_field", "message": "email required"}
-# What errors carry, and what each route's 200 says and holds: as examples, whose schemas follow.
-CARRIED = {"field": "cohort_id", "errors": [BAD_ROW], "max": 5000, "max_bytes": 8388608,
-           "retry_after": 3, "request_id": "9c1185a5c5e9fc54"}
-RESULTS: dict[str, tuple[str, list[Any]]] = {
-    "sync": ("the rows are on disk; those in errors were not stored", [
-        {"received": 2, "imported": 1, "details": {"imported": 1, "updated": 0, "unchanged": 0},
-         "errors": [BAD_ROW], "ignored": ["firstName"]}]),
-    "health": ("the database answers; a warning is for its operator", [
-        {"status": "ok"}, {"status": "ok", "warning": "the disk is full"}]),
-}
-
-
-def schema_of(field: Field) -> dict[str, Any]:
-    kind = "boolean" if field.kind is bool else "string"
-    # Generators write patterns into source code, where U+2028 or U+2029 would end the line.
-    rule = field.pattern.replace(SURROGATES, "").replace("\u2028\u2029\u202f", "\u2027-\u202f")
-    text = {"minLength": int(field.required), "maxLength": field.longest,
-            "pattern": f"^{rule}$" if field.required else f"^(?:{rule})?$"}
-    return {"type": kind if field.required else [kind, "null"], "description": field.meaning,
-            **(text if field.kind is str else {})}
-
-
-def like(*examples: Any) -> dict[str, Any]:
-    """The schema of values such as these; of objects, what all of them have is required."""
-    first = examples[0]
-    if first == BAD_ROW:
-        return {"$ref": "#/components/schemas/RowError"}
-    if isinstance(first, list):
-        return {"type": "array", "items": like(first[0])}
-    if not isinstance(first, dict):
-        return {"type": "integer" if isinstance(first, int) else "string"}
-    parts = {name: like(example[name]) for example in examples for name in example}
-    if "error" in parts:
-        parts["error"]["enum"] = list(dict.fromkeys(example["error"] for example in examples))
-    return {"type": "object", "properties": parts, "examples": list(examples),
-            "required": [name for name in parts if all(name in each for each in examples)]}
-
-
-def responses(route: str) -> dict[str, Any]:
-    """The answers of a route by status: 200, and each error that it can meet."""
-    answers: list[Any] = [(200, *RESULTS.get(route, ("done", [{}])), [])]
-    met = [error for error in ERRORS if error.only in ("", route)]
-    for status, group in itertools.groupby(met, lambda error: error.status):
-        errors = list(group)
-        answers.append((
-            status, "; ".join(f"{error.code}: {error.meaning}" for error in errors),
-            [{"error": error.code, "detail": error.meaning,
-              **{name: CARRIED[name] for name in error.carries}} for error in errors],
-            [name for error in errors for name in error.headers]))
-    return {str(status): {
-        "description": words,
-        "content": {"application/json": {"schema": like(*examples)}},
-        "headers": {name: {"schema": {"type": "integer" if name == "Retry-After" else "string"}}
-                    for name in ("X-Request-ID", *headers)}}
-        for status, words, examples, headers in answers}
-
-
-def openapi_document(max_students: int) -> dict[str, Any]:
-    """OpenAPI 3.1 of the contract, out of the tables that the code checks with. What it accepts the
-    server accepts, but for half surrogates; patterns are plain, as Go and generators need them."""
-    student = {"type": "object", "properties": {field.name: schema_of(field) for field in FIELDS},
-               "required": [field.name for field in FIELDS if field.required],
-               "description": "The whole record: a field left out, or blank, becomes null. White "
-               "space around a string is stripped first; half of a surrogate pair is refused."}
-    batch = {"type": "object", "required": list(EXAMPLE), "examples": [EXAMPLE], "properties": {
-        COHORT.name: schema_of(COHORT),
-        "students": {"type": "array", "items": {"$ref": "#/components/schemas/Student"},
-                     "maxItems": max_students, "description": f"each {KEY.name} once"}}}
-    row_error = {"type": "object", "required": list(BAD_ROW), "properties": {
-        "row": {"type": "integer", "minimum": 1}, "field": {"type": ["string", "null"]},
-        "error": {"type": "string", "enum": list(ROW_ERRORS)}, "message": {"type": "string"}}}
-    posted = {"security": [{"secret": []}], "requestBody": {
-        "required": True, "description": "UTF-8, plain or Content-Encoding: gzip; or chunked.",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Batch"}}}}}
-    return {
-        "openapi": "3.1.0", "servers": [{"url": "/"}],
-        "info": {"title": "sis_sync", "version": __version__,
-                 "license": {"name": "MIT", "identifier": "MIT"}, "description":
-                 "An institution may send requests_per_minute, 20 by default; then it gets 429."},
-        "paths": {path: {method.lower(): {
-            "operationId": answer.__name__, "summary": summary,
-            "responses": responses(answer.__name__),
-            **(posted if method == "POST" else {"security": []})}}
-            for path, (method, answer, summary) in ROUTES.items()},
-        "components": {"securitySchemes": {"secret": {"type": "http", "scheme": "bearer"}},
-                       "schemas": {"Student": student, "Batch": batch, "RowError": row_error}},
-    }
+    details = dict.fromkeys(DETAILS, 0)
+    return Answer(200, {"details": details, "errors": batch.errors, "ignored": batch.ignored})
 
 
 # ---------------------------------------------------------------------------------------------
 # Roster files: CSV as it is found, OneRoster's users.csv, JSON
 # ---------------------------------------------------------------------------------------------
 
-# OneRoster 1.1 and 1.2 (1EdTech), users.csv: which column becomes which field. sourcedId is the one
-# that is always there; `--map student_id_ext=identifier` takes the number that people read.
-ONEROSTER = {"student_id_ext": "sourcedId", "email": "email", "first_name": "givenName",
-             "last_name": "familyName"}
-BOOLEANS = {"": None, "true": True, "yes": True, "y": True, "t": True, "1": True,
-            "false": False, "no": False, "n": False, "f": False, "0": False}
-MAX_CELL_LINES = 10                 # more is a quote that was not meant to open a cell
-NO_CSV = {rb"\xff\xfe|\xfe\xff|.?\0": "UTF-16",     # with its mark or without
-          rb"PK\x03\x04|\xd0\xcf\x11\xe0": "an Excel workbook"}
+# Files come from spreadsheets, databases and scripts, and these write a value in their own way. To
+# keep the number 007, for example, a spreadsheet writes ="007" or '007, or it has made 7.0 of it. A
+# database writes NULL for an empty value. Taken as it is, '007 would be another student than 007,
+# and nobody would notice. So we take such a wrapping off if we can be sure, and refuse the line if
+# not.
+
+# The columns of OneRoster 1.1 and 1.2 (1EdTech), users.csv. sourcedId is always there;
+# `--map student_id_ext=identifier` takes the number that people read.
+ONEROSTER = {
+    "student_id_ext": "sourcedId",
+    "email": "email",
+    "first_name": "givenName",
+    "last_name": "familyName",
+}
+TRUE_WORDS = r"true|yes|y|t|1(\.0)?"
+FALSE_WORDS = r"false|no|n|f|0(\.0)?"
+MAX_CELL_LINES = 10  # a cell with more lines comes from a quote that somebody forgot to close
+MAX_CELL = 10_000  # characters
 
 
-def read_roster(path: str, mapping: Mapping[str, str],
-                encoding: str = "") -> tuple[str, list[Row], list[tuple[int, str]]]:
-    """Read a file, or standard input for "-": what its numbers count, the rows, each with its
-    number, and those that are no students, with what is wrong. Raises OSError, CommandError."""
-    data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-    for pattern, kind in NO_CSV.items():
-        if re.match(pattern, data, re.DOTALL):
-            raise CommandError(f"{path}: is {kind}; save it as \"CSV UTF-8\"")
-    if not re.match(rb"[\xef\xbb\xbf\s]*[\[{]", data):
-        return read_csv(path, data, mapping, encoding)
-    try:                                            # an array of students, or a request body
+class Wrapping(NamedTuple):
+    """What a program has put around a value."""
+
+    words: str
+    pattern: str  # group 1 is what stays
+    certain: bool = False  # one cell is enough to be sure; otherwise every cell must have it
+    only_keys: bool = False  # only of ids and e-mails; a family name may begin so: 's-Gravenhage
+
+
+# Characters that nobody sees (Unicode's Default_Ignorable_Code_Point).
+INVISIBLE = (
+    "\x80-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff"
+)
+# The empty group () says that nothing stays. Excel writes #N/A (in German #NV), #REF! or #NAME?.
+WRAPPINGS = (
+    Wrapping("an invisible character", f"()[{INVISIBLE}]+", certain=True, only_keys=True),
+    Wrapping("NULL or #N/A", r"^()(?:NULL|\(null\)|\\N|#N/A|#NV|#[A-Z0/]+[!?])\Z", certain=True),
+    Wrapping("no value", r"(?i)^()(?:null|none|nan|n/a|<na>)\Z", certain=True, only_keys=True),
+    Wrapping('="..."', r'(?s)^="(.*)"\Z', certain=True),
+    Wrapping('"..."', r'(?s)^["“„](.*)["”“]\Z', only_keys=True),
+    Wrapping("'...'", r"(?s)^'(.*)'\Z"),
+    Wrapping("a leading apostrophe", r"(?s)^'(.*[^'])\Z", only_keys=True),
+    Wrapping("a trailing .0", r"^([0-9]+)[.,]0+\Z", only_keys=True),
+)
+
+
+class RosterFile:
+    """What a file holds."""
+
+    unit = "line"  # what the numbers below count; in JSON it is "item"
+
+    def __init__(self, path):
+        self.path = path
+        self.rows = []  # pairs: number, student
+        self.faults = {}  # by number: what is wrong there
+
+
+def read_roster(path, mapping, encoding):
+    """Read a file; "-" is standard input. Raises OSError, CommandError."""
+    file = RosterFile(path)
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    # JSON begins with { or with [ and a value, perhaps behind a byte order mark. (The header of a
+    # CSV may begin with a bracket, too: [student_id_ext],[email].)
+    if re.match(rb'[\xef\xbb\xbf\s]*(\{|\[\s*([]{["0-9-]|null|true|false))', data):
+        read_json(file, data, mapping)
+    else:
+        read_csv(file, data, mapping, encoding)
+    # A server finds a duplicate in one page. We find it in the whole file.
+    seen = set()
+    for number, student in file.rows:
+        key = student.get(KEY.name) if isinstance(student, dict) else None
+        if key and isinstance(key, str):
+            if key in seen:
+                file.faults[number] = f"duplicate_student: the same {KEY.name} stood higher up"
+            seen.add(key)
+    file.rows = [row for row in file.rows if row[0] not in file.faults]
+    return file
+
+
+def read_json(file, data, mapping):
+    """Read an array of students, or a request body."""
+    if mapping:
+        raise CommandError(f"{file.path}: is JSON, and --map is for CSV")
+    try:
         document = parse_json(bytearray(data))
     except Refusal as refusal:
-        raise CommandError(f"{path}: {refusal.detail.partition(': send')[0]}") from None
+        raise CommandError(f"{file.path}: {refusal}") from None
     students = document.get("students") if isinstance(document, dict) else document
+    if isinstance(students, dict):  # PowerShell writes {"value": [...], "Count": 2}
+        students = students.get("value")
     if not isinstance(students, list):
-        raise CommandError(f"{path}: must be an array of students, or have one in students")
-    return "item", list(enumerate(students, 1)), []
+        raise CommandError(f"{file.path}: must be an array of students, or have one in students")
+    file.unit = "item"
+    file.rows = list(enumerate(students, 1))
 
 
-def read_csv(path: str, data: bytes, mapping: Mapping[str, str],
-             encoding: str) -> tuple[str, list[Row], list[tuple[int, str]]]:
-    """Read a CSV, or a OneRoster users.csv: students only. Raises CommandError."""
-    header, records = read_table(path, data, encoding)
-    names = set(map(folded, header))
-    oneroster = {"sourcedid", "givenname", "familyname"} <= names
-    students = read_roles(path) if oneroster and "role" not in names else None
-    columns = find_columns(path, header, {**(ONEROSTER if oneroster else {}), **mapping})
-    rows: list[Row] = []
-    faults = []
-    left_out: collections.Counter[str] = collections.Counter()
+def read_csv(file, data, mapping, encoding):
+    """Read a CSV, or a OneRoster users.csv, of which only the students are taken."""
+    header, records = read_table(file, data, encoding)
+    names = {folded(cell) for cell in header}
+    is_oneroster = {"sourcedid", "givenname", "familyname"} <= names
+    if is_oneroster:
+        mapping = {**ONEROSTER, **mapping}
+    columns = find_columns(file, header, mapping)
+    keys = [columns[field.name] for field in FIELDS if field.required]
+    unwrap(file, records, [*keys, "sourcedid"])
+    if is_oneroster:
+        records = only_students(file, records)
     for line, record in records:
-        if students is not None:
-            record["role"] = "student" if record["sourcedid"] in students else "another"
-        reason = why_left_out(record) if oneroster else ""
-        if reason:
-            left_out[reason] += 1
-            continue
-        student = student_of(record, columns)
-        if isinstance(student, str):
-            faults.append((line, student))
-        else:
-            rows.append((line, student))
-    say(*(f"left out: {number:,} rows that are {reason}" for reason, number in left_out.items()))
-    return "line", rows, faults
+        if line in file.faults:
+            continue  # `unwrap` has found one
+        try:
+            file.rows.append((line, student_of(record, columns)))
+        except ValueError as fault:
+            file.faults[line] = str(fault)
 
 
-def read_table(path: str, data: bytes, encoding: str,
-               ) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
-    """The header of a CSV, and its records by folded header, each with the line it begins on; under
-    "" is what stands beyond the header. Strict: else a stray quote takes all up to the next one
-    into its cell, a whole roster perhaps, without a word. Raises CommandError."""
-    lines = io.StringIO(decoded(path, data, encoding), newline="").readlines()
-    lines[:1] = [re.sub(r"\Asep=.\s*\Z", "\n", line) for line in lines[:1]]       # Excel's
-    # The delimiter is the one that stands most often in the header, outside quotes.
-    first = re.sub(r'"[^"]*"', "", next(filter(str.strip, lines), ""))
-    parser = csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True,
-                        skipinitialspace=True)
-    records, line = [], 1
+def read_table(file, data, encoding):
+    """Read a CSV. Return its header, and its records as pairs: the line, and a dict of the cells.
+    The dict has them by the folded name of their column. Cells beyond the header have the name "".
+
+    We read strictly. Otherwise a stray quote would take everything up to the next quote into its
+    cell, perhaps a whole roster, without a word."""
+    # The csv module of Python 3.10 refuses the whole file if there is a NUL in it. We want a fault
+    # of one row, so we put U+0001 in its place, and change it back below. Both are refused later.
+    text = decoded(file, data, encoding).replace("\0", "\x01")
+    lines = io.StringIO(text, newline="").readlines()
+    candidates = ",;\t|"
+    special = re.match(r'sep=([^"\s])\s|#TYPE ', text)  # what Excel and PowerShell write in front
+    if special:
+        candidates = special[1] or candidates
+        lines[0] = "\n"
+    # The delimiter is the one that stands most often in the first line that is not blank. What is
+    # in quotes does not count.
+    first_line = next(filter(str.strip, lines), "")
+    unquoted = re.sub(r'"[^"]*"', "", first_line)
+    delimiter = max(candidates, key=unquoted.count)
+    csv.field_size_limit(len(text) + 1)
+    parser = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
+    table = []
+    line = 1
     try:
         for cells in parser:
-            if parser.line_num - line > MAX_CELL_LINES and any(
-                    len(cell.splitlines()) > MAX_CELL_LINES for cell in cells):
+            if max((len(cell.splitlines()) for cell in cells), default=0) > MAX_CELL_LINES:
                 raise csv.Error(f"a cell of over {MAX_CELL_LINES} lines")
-            cells = [cell.strip(WHITE_SPACE) for cell in cells]
-            while cells and not cells[-1]:          # Excel adds some, or leaves them away
+            cells = [cell.strip(WHITE_SPACE).replace("\x01", "\0") for cell in cells]
+            while cells and not cells[-1]:  # Excel adds empty cells, or leaves them out
                 cells.pop()
             if cells:
-                records.append((line, cells))
+                table.append((line, cells))
             line = parser.line_num + 1
     except csv.Error as error:
-        raise CommandError(f"{path}: line {line}: {error}: is there a quote too many, or one too "
-                           "few?") from None
-    if not records:
-        raise CommandError(f"{path}: is empty; it must begin with a header")
-    _, header = records.pop(0)
-    names = [folded(cell) or "nameless" for cell in header]
-    return header, ((line, dict(itertools.zip_longest(names, cells, fillvalue="")))
-                    for line, cells in records)
+        words = f"line {line}: {error}: is there a quote too many, or one too few?"
+        raise CommandError(f"{file.path}: {words}{looks_like(data)}") from None
+    if not table:
+        raise CommandError(f"{file.path}: is empty; it must begin with a header")
+    _, header = table.pop(0)
+    names = [folded(cell) or "no name" for cell in header]
+    records = []
+    for line, cells in table:
+        # Missing cells are empty. Cells too many have the name "", which `student_of` reports.
+        records.append((line, dict(itertools.zip_longest(names, cells, fillvalue=""))))
+    return header, records
 
 
-def decoded(path: str, data: bytes, stated: str) -> str:
-    """Raises CommandError for a file that is in no encoding, in two, or not in the stated one."""
+def decoded(file, data, stated):
+    """The text of a file: in the stated encoding, else UTF-8, else Windows-1252 with a warning."""
+    kind = looks_like(data)
+    if kind:
+        raise CommandError(f"{file.path}{kind}")
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
-        return data.decode("cp1252" if stated == "cp1252" else "utf-8-sig")
+        return data.decode("cp1252" if stated == "cp1252" else "utf-8")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-    if stated:
-        raise CommandError(f"{path}: line {line} is not {stated}")
-    if not data.decode("utf-8", "ignore").isascii():
-        raise CommandError(f"{path}: line {line} is not UTF-8, but others are: mend it, or say "
-                           "which it is with --encoding cp1252")
-    say(f"warning: {path} is not UTF-8, so read as Windows-1252: see that names come out right")
-    return decoded(path, data, "cp1252")
+        line = data.count(b"\n", 0, error.start) + 1
+    # If some characters beyond ASCII are right UTF-8, the file is not Windows-1252 as a whole.
+    without_wrong_bytes = data.decode("utf-8", "ignore")
+    if stated or not without_wrong_bytes.isascii():
+        words = f"line {line} is not {stated or 'UTF-8, but others are'}"
+        raise CommandError(f"{file.path}: {words}: mend it, or say what it is with --encoding")
+    log.warning("warning: not UTF-8, so read as Windows-1252: see that names come out right")
+    return decoded(file, data, "cp1252")
 
 
-def find_columns(path: str, header: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
-    """The folded header of each field that has a column. Raises CommandError with all faults."""
+def folded(name):
+    """A name of a column without what may differ: "Student ID (ext)", "student-id-ext" and
+    "StudentIdExt" become "studentidext"."""
+    return re.sub(r"[\W_]+", "", name.casefold()) or name
+
+
+def find_columns(file, header, mapping):
+    """Find the folded header of each field that has a column. Raises CommandError."""
     names = [folded(cell) for cell in header]
-    wanted = {**dict(zip(NAMES, NAMES)), **mapping}
-    needed = {*mapping, *(field.name for field in FIELDS if field.required)}
-    found = {name: names.count(folded(cell)) for name, cell in wanted.items()}
-    faults = [f"{path}: must have one column {wanted[name]!r}, and has {found[name]}"
-              for name in NAMES if found[name] > 1 or not found[name] and name in needed]
+    columns = {}
+    faults = []
+    for field in FIELDS:
+        wanted = mapping.get(field.name, field.name)
+        count = names.count(folded(wanted))
+        if count == 1:
+            columns[field.name] = folded(wanted)
+        elif count or field.name in mapping or field.required:
+            faults.append(f"{file.path}: must have one column {wanted!r}, and has {count}")
+        else:
+            log.info(f"no column for {field.name}: it will be null for every student")
     if faults:
-        raise CommandError(*faults, f"{path}: its header has: {', '.join(header)}",
-                           "where a column has another name: --map FIELD=HEADER")
-    columns = {name: folded(cell) for name, cell in wanted.items() if found[name]}
-    missing = [name for name in NAMES if name not in columns]
+        raise CommandError(
+            *faults,
+            f"{file.path}: the columns of its header: {' | '.join(header)}",
+            "if a column has another name, say so with --map FIELD=HEADER",
+            "if each line as a whole is in quotes, take them off",
+        )
     unused = [repr(cell) for cell in header if folded(cell) not in columns.values()]
-    if missing:
-        say(f"no column for {', '.join(missing)}: it will be null for every student")
     if unused:
-        say(f"not used: {len(unused)} columns: {', '.join(unused)}")
+        log.info(f"columns not used: {len(unused)}: {', '.join(unused)}")
     return columns
 
 
-def student_of(record: Mapping[str, str], columns: Mapping[str, str]) -> Document | str:
-    """A record as a student, or what is wrong with it that only the file shows."""
-    student: dict[str, Any] = {name: record[column] for name, column in columns.items()}
+def unwrap(file, records, keys):
+    """Take the wrappings off, if that is certain. If it is not, a line with a wrapped key is at
+    fault. `keys` are the columns of ids and e-mails."""
+    columns = set(records[0][1]) - {""} if records else ()
+    # For each column each wrapping, and all of them twice, as one may be within another: '="007"
+    for name, wrapping in itertools.product(sorted(columns), WRAPPINGS * 2):
+        if name in keys or not wrapping.only_keys:
+            filled = [pair for pair in records if pair[1][name]]
+            wrapped = [pair for pair in filled if re.search(wrapping.pattern, pair[1][name])]
+            certain = wrapping.certain or len(wrapped) == len(filled)
+            for line, record in wrapped:
+                if certain:
+                    text = re.sub(wrapping.pattern, r"\1", record[name])
+                    record[name] = text.strip(WHITE_SPACE)
+                elif name in keys:
+                    words = f"{name} has {wrapping.words}, but not in every line"
+                    file.faults[line] = f"wrapped_value: {words}"
+
+
+def student_of(record, columns):
+    """Make a student of a record. Raises ValueError for faults that only the file shows."""
     if "" in record:
-        return "wrong_columns: more columns than the header has"
-    # What Excel makes of a long number: its last digits are lost for good.
-    if re.fullmatch(r"[0-9]([.,][0-9]+)?[Ee]\+[0-9]{2,}", student[KEY.name]):
-        return f"scientific_notation: {KEY.name} is a number as a spreadsheet shortens it: " \
-               "format the column as text, export again"
-    for name in [field.name for field in FIELDS if field.kind is bool and field.name in columns]:
-        word = student[name].casefold()
-        if word not in BOOLEANS:
-            words = ", ".join(filter(None, BOOLEANS))
-            return f"invalid_field: {name} must be empty or one of {words}"
-        student[name] = BOOLEANS[word]
+        raise ValueError("wrong_columns: more columns than the header has")
+    # What Excel (1.2E+10) and Java (1.2E10) make of a long number: its last digits are lost.
+    scientific = r"[0-9]([.,][0-9]+)?[Ee]\+[0-9]{2,}|[0-9][.,][0-9]+[Ee][0-9]+"
+    if fullmatch(scientific, record[columns[KEY.name]]):
+        raise ValueError(
+            f"scientific_notation: {KEY.name} is a number as a spreadsheet shortens "
+            "it: format the column as text, export again"
+        )
+    student = {}
+    for field in FIELDS:
+        if field.name in columns:
+            text = record[columns[field.name]]
+            if len(text) > MAX_CELL:
+                raise ValueError(f"invalid_field: {field.name} has {len(text):,} characters")
+            student[field.name] = value_of(field, text)
     return student
 
 
-def read_roles(path: str) -> set[str] | None:
-    """Who is a student by the roles.csv of OneRoster 1.2, if there is one beside users.csv."""
-    roles = pathlib.Path(path).with_name("roles.csv")
-    if path == "-" or not roles.exists():
-        say("no roles: everybody is taken for a student; put roles.csv beside it if some are not")
+def value_of(field, text):
+    """The value that a text stands for. Raises ValueError."""
+    word = text.casefold()
+    if field.kind is str:
+        return text
+    if not text:
         return None
-    _, records = read_table(str(roles), roles.read_bytes(), "")
-    return {record.get("usersourcedid", "") for _, record in records if not why_left_out(record)}
+    if field.kind is int:
+        if fullmatch(r"-?[0-9]{1,19}(\.0+)?", text):
+            return int(text.partition(".")[0])
+        raise ValueError(f"invalid_field: {field.name} must be empty or a whole number")
+    if fullmatch(TRUE_WORDS, word):
+        return True
+    if fullmatch(FALSE_WORDS, word):
+        return False
+    words = "true, yes, y, t, 1, false, no, n, f, 0"
+    raise ValueError(f"invalid_field: {field.name} must be empty or one of {words}")
 
 
-def why_left_out(record: Mapping[str, str]) -> str:
-    """Of OneRoster's users, or roles; "" for a student."""
-    if record.get("status", "").lower() == "tobedeleted":
-        return "to be deleted"
-    return "" if record.get("role", "student").lower() == "student" else "no students"
+def only_students(file, users):
+    """The users of OneRoster who are students today. If users.csv has no role for a user, roles.csv
+    in the same folder has it (OneRoster 1.2)."""
+    reasons = None  # of roles.csv, by sourcedId; "" for a student
+    for path in Path(file.path).absolute().parent.iterdir():
+        if path.name.lower() == "roles.csv":
+            reasons = {}
+            roles_file = RosterFile(str(path))
+            _, roles = read_table(roles_file, path.read_bytes(), "")
+            unwrap(roles_file, roles, ["usersourcedid"])
+            for _, role in roles:
+                user_id = role.get("usersourcedid", "").casefold()
+                if reasons.get(user_id) != "":  # one role as a student is enough
+                    reasons[user_id] = reason_to_leave_out(role)
+    taken = []
+    left_out = []
+    for line, user in users:
+        reason = reason_to_leave_out(user)
+        if not user.get("role") and reasons is not None:
+            reason = reason or reasons.get(user["sourcedid"].casefold(), "no role in roles.csv")
+        if reason:
+            left_out.append(reason)
+            file.faults.pop(line, None)  # who is left out need not be reported
+        else:
+            taken.append((line, user))
+    if reasons is None and not all(user.get("role") for _, user in users):
+        log.info("no roles: everybody is taken for a student; put roles.csv beside it")
+    for reason in sorted(set(left_out)):
+        log.info(f"rows left out: {left_out.count(reason):,}: {reason}")
+    return taken
+
+
+def reason_to_leave_out(record):
+    """Why this user or role of OneRoster is no student today, or "" for one who is."""
+    names = ("status", "enableduser", "role", "begindate", "enddate")
+    status, enabled, role, begin, end = [record.get(name, "").casefold() for name in names]
+    if status not in ("", "active"):
+        return f"status is {status}"
+    if enabled and not fullmatch(TRUE_WORDS, enabled):
+        return f"enabledUser is {enabled}"
+    if role not in ("", "student"):
+        return "not a student"
+    today = strftime("%Y-%m-%d")
+    for date in (begin or today, end or today):
+        if not fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}.*", date):
+            return "a date is not YYYY-MM-DD"
+    if begin[:10] > today or today > (end or today):  # as texts, dates of this form are in order
+        return "not a student today"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------
 # The commands
 # ---------------------------------------------------------------------------------------------
 
-Arguments = argparse.Namespace
-HANGUP = getattr(signal, "SIGHUP", None)    # Windows has none
 
-
-def printable(text: str) -> str:
-    """Words from elsewhere, without what steers a terminal."""
+def printable(text):
+    """Text from elsewhere, without what controls a terminal."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def say(*lines: str) -> None:
-    """What a person reads; stdout is for data. Nobody reading it is no reason to stop."""
-    with contextlib.suppress(OSError):
-        for line in lines:
-            print(printable(line), file=sys.stderr, flush=True)
+def say(*lines):
+    """Tell a person something. Standard output is for data."""
+    with suppress(OSError):
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
 
 
-def configuration_for(arguments: Arguments) -> Configuration:
-    return load_configuration(arguments.config, overrides={
-        key: value for key, value in vars(arguments).items() if key in ("host", "port")})
-
-
-def log_to_stderr() -> None:
-    """Each line begins with the time, in UTC, as ISO 8601 has it."""
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    log.handlers[:] = [handler]
-    log.propagate = False
-
-
-def command_serve(arguments: Arguments) -> int:
-    """Run the server until SIGTERM or Ctrl-C."""
-    log_to_stderr()
-    service = Service(configuration_for(arguments))
-    on_terminal, signals, server = os.isatty(0), incoming_signals(), Server(service)
-    log.info("sis_sync %s listens on %s%s", __version__, server.url, SYNC_PATH)
-    log.info("configuration: %s", service.configuration.source or "defaults, as there is no file")
-    log.info("database: %s", service.roster.path)
-    while server.accepting.is_alive():
-        with contextlib.suppress(queue.Empty):
-            number = signals.get(timeout=1)     # without, Ctrl-C would not end it on Windows
-            # A terminal that closes sends SIGHUP, too, and is no terminal any more.
-            if number != HANGUP or on_terminal and not os.isatty(0):
-                break
-            reload(service, arguments)
-    else:
-        log.critical("nothing is accepted any more: the end")
-        return 1
-    log.info("stopping; a second signal stops at once")
-    server.leave()
-    log.info("stopped")
-    return 0
-
-
-def incoming_signals() -> queue.SimpleQueue[int]:
-    """As they come. Nothing more is done where one strikes: that may be in the middle of anything.
-    But the second one to stop has its usual effect: the end."""
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def receive(number: int, frame: object) -> None:
-        for stop in (signal.SIGTERM, signal.SIGINT) if number != HANGUP else ():
-            signal.signal(stop, signal.SIG_DFL)
-        signals.put(number)
-
-    for number in filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)):
-        signal.signal(number, receive)
-    return signals
-
-
-def reload(service: Service, arguments: Arguments) -> None:
-    """Read the file again. A faulty one changes nothing."""
-    old = service.configuration
-    try:
-        new = configuration_for(arguments)
-        if old.source and not new.source:
-            raise CommandError(f"{old.source} is not there any more")
-    except Exception as error:  # noqa: BLE001  no file, however odd, stops a running server
-        for fault in error.args if isinstance(error, CommandError) else [describe(error)]:
-            log.error("not reloaded: %s", fault)
-        return
-    service.configuration = new if bool(new.tls) == bool(old.tls) else new._replace(tls=old.tls)
-    log.info("reloaded; another host, port, database, from http to https or back takes a restart")
-
-
-def command_secret(arguments: Arguments) -> int:
+def command_secret(arguments):
     """Print a new secret and its line for sis_sync.ini, or with --hash the line alone."""
     if arguments.hash:
         secret = check_secret("standard input", sys.stdin.buffer.readline())
     else:
-        secret = b"sis_" + secrets.token_urlsafe(32).encode()
+        secret = b"sis_" + token_urlsafe(32).encode()
         print(secret.decode())
-        say("above: the secret, which is kept nowhere; below: for secrets = in sis_sync.ini")
-    print("sha256:" + hashlib.sha256(secret).hexdigest())
+        say("line 1: for whoever pushes; it is not saved. line 2: paste it into sis_sync.ini")
+    print("sha256:" + sha256(secret).hexdigest())
     return 0
 
 
-def command_check(arguments: Arguments) -> int:
-    """Say all that is wrong with the configuration and the database, as a start would."""
-    log.handlers.clear()                # then warnings, and no more, go to stderr
+def command_check(arguments):
+    """Say all that is wrong, as a start would: this is a start that ends before it serves. (While
+    the server runs, one thing is wrong: the port is in use.)"""
+    log.handlers.clear()  # without a handler, Python shows warnings on stderr, and nothing else
     try:
-        configuration = configuration_for(arguments)
-        faults = check_database(configuration.settings["database"])
+        server = set_up(arguments, rehearsal=True)
+        server.server_close()
+        look_for_damage(server.service.database.path)
     except CommandError as error:
-        faults = [*error.args]
-    print(*faults or [f"{configuration.source or 'defaults'}: good"], sep="\n")
-    return bool(faults)
-
-
-def check_database(path: str) -> list[str]:
-    """What would keep a start from using this database; nothing is changed, or created."""
-    place = path if os.path.exists(path) else os.path.dirname(path)
-    usable = os.access(place, os.R_OK | os.W_OK)
-    if place != path or not usable:
-        return [] if usable else [f"{place}: must be there, readable and writable"]
-    try:
-        with read_only(path) as connection:
-            found = [row[0] for row in connection.execute("PRAGMA quick_check")]
-    except CommandError as error:
-        return list(error.args)
-    return [f"{path}: {line}" for line in found if line != "ok"]
-
-
-@contextlib.contextmanager
-def read_only(path: str, migrated: bool = False) -> Iterator[sqlite3.Connection]:
-    """A database, read-only, whether a server runs on it or not. Raises CommandError."""
-    try:
-        with contextlib.closing(open_database(path, read_only=True)) as connection:
-            if schema_version(connection) < max(MIGRATIONS) and migrated:
-                raise CommandError(f"{path}: is of an older version: start the server once")
-            yield connection
-    except sqlite3.Error as error:
-        words = error if os.path.exists(path) else "there is no database yet; a start makes it"
-        raise CommandError(f"{path}: {words}") from error
-
-
-def command_push(arguments: Arguments) -> int:
-    """Send a file to a server, as the roster of one cohort."""
-    unit, rows, faults = read_roster(arguments.file, dict(arguments.map), arguments.encoding)
-    if not rows and not faults:
-        say(f"{arguments.file}: no students, so nothing is sent")
+        print(*error.args, sep="\n")
         return 1
-    post = judge
+    print(f"{server.service.config.file or 'defaults'}: good")
+    return 0
+
+
+def look_for_damage(path):
+    """Raises CommandError if SQLite finds something wrong within a database, if there is one."""
+    if os.path.exists(path):
+        with read_only(path, oldest=0) as connection:
+            lines = [line for (line,) in connection.execute("PRAGMA quick_check")]
+        if lines != ["ok"]:
+            raise CommandError(*(f"{path}: damaged: {line}" for line in lines))
+
+
+def command_push(arguments):
+    """Send a file to a server, as the roster of one cohort."""
+    if not arguments.cohort:
+        raise CommandError("push needs --cohort ID")
+    output = sys.stderr
+    if arguments.quiet:
+        output = io.StringIO()
+    else:
+        log.handlers[:] = [logging.StreamHandler()]  # what the steps below notice
+    mapping = dict(pair.split("=", 1) for pair in arguments.map or ())
+    file = read_roster(arguments.file, mapping, arguments.encoding or "")
+    if not file.rows and not file.faults:
+        say(f"{file.path}: no students, so nothing is sent")
+        return 1
+    post = check_locally
     if not arguments.dry_run:
         if not arguments.url:
-            raise CommandError("push takes --url URL, or --dry-run")
-        secret = read_secret(arguments.secret_file).decode("latin-1")
+            raise CommandError("push needs --url URL, or --dry-run")
+        source = f"file:{arguments.secret_file}" if arguments.secret_file else "env:SIS_SYNC_SECRET"
+        secret = read_secret(source, Path()).decode("latin-1")
         post = Client(arguments.url, secret, arguments.ca_file).post
-    push = Push(post, arguments.cohort, rows, sys.stderr)
-    push.rejected += faults
+    push = Push(post, arguments.cohort, file.rows, output)
+    push.rejected.update(file.faults)
     status = 0
     try:
-        push.run(arguments.batch)
-    except (CommandError, Refusal, RecursionError) as error:
+        push.run(arguments.batch or 5000)
+    except (CommandError, Refusal, RecursionError) as error:  # the last two from odd JSON files
         say(f"sis_sync: {error}")
         status = 2
     except KeyboardInterrupt:
         status = 130
-    report(push, unit, arguments.dry_run)
-    return status or bool(push.rejected)
+    report(push, file.unit, arguments)
+    return status or (1 if push.rejected else 0)
 
 
-def report(push: Push, unit: str, dry_run: bool) -> None:
+def report(push, unit, arguments):
     """The end of a push: the counts, every rejected row with its line, and what to do next."""
-    counts = "" if dry_run else ("new {imported:,}, updated {updated:,} (of these unchanged "
-                                 "{unchanged:,}), ").format_map(push.counts)
-    told = [f"cohort {push.cohort_id}: {push.done:,} of {len(push.rows):,} students "
-            + ("checked" if dry_run else "sent"), f"  {counts}rejected {len(push.rejected):,}"]
-    if push.ignored:
-        told.append(f"  ignored, as they are no fields: {', '.join(sorted(push.ignored))}")
-    told += [f"  {unit} {number}: {fault}" for number, fault in sorted(push.rejected)]
-    print(*map(printable, told), "To push the whole file again is safe, however often.", sep="\n")
+    lines = [f"  {unit} {number}: {fault}" for number, fault in sorted(push.rejected.items())]
+    if not arguments.quiet:
+        new, updated, unchanged = push.counts.values()
+        counts = f"new {new:,}, updated {updated:,} (of these unchanged {unchanged:,}), "
+        verb = "sent"
+        if arguments.dry_run:
+            verb, counts = "checked", ""
+        head = f"cohort {push.cohort_id}: {push.done:,} of {len(push.rows):,} students {verb}"
+        lines = [head, f"  {counts}rejected {len(lines):,}", *lines]
+        if push.ignored:
+            lines.append(f"  ignored, as they are no fields: {', '.join(sorted(push.ignored))}")
+        lines.append("Running the same push again is safe, however often.")
+    for line in lines:
+        print(printable(line))
 
 
-def command_export(arguments: Arguments) -> int:
+def command_export(arguments):
     """Write the roster of one cohort as CSV, the way push takes it back."""
-    with read_only(configuration_for(arguments).settings["database"], migrated=True) as connection:
-        rosters = connection.execute("SELECT institution, cohort_id FROM rosters").fetchall()
-        meant = [(name, cohort) for name, cohort in rosters
-                 if arguments.institution in (None, name) and arguments.cohort in (None, cohort)]
-        if len(meant) != 1:
-            raise CommandError("choose a roster:" if rosters else "nothing has been pushed yet", *(
-                f"  --institution {name} --cohort {cohort}" for name, cohort in sorted(rosters)))
+    with read_only(load_configuration(arguments).database) as connection:
+        roster = choose_roster(connection, arguments)
+        last_sync = INTEGERS[-1]  # larger than any
+        since = arguments.not_seen_since
+        if since is not None:
+            last_time, last_sync = leavers(connection, roster, since)
+            if last_time < since:
+                say(f"nobody is listed: nothing has come for this cohort since {utc(last_time)}")
+                return 1
         rows = connection.execute(
-            f"SELECT {', '.join(NAMES)} FROM roster WHERE institution = ? AND cohort_id = ? "
-            f"AND seen < ? ORDER BY {KEY.name}", (*meant[0], arguments.not_seen_since or "9999"))
-        with new_file(arguments.output) if arguments.output else \
-                contextlib.nullcontext(sys.stdout) as file:
-            if arguments.excel:
-                file.write("\ufeff")           # without it, Excel takes UTF-8 for something else
-            writer = csv.writer(file)
-            writer.writerow(NAMES)
-            for row in rows:
-                cells = [{None: "", 0: "false", 1: "true"}.get(value, value) for value in row]
-                if arguments.excel:     # it runs as a formula what begins so (CWE-1236)
-                    cells = [f"'{cell}" if cell[:1] in tuple("=+-@") else cell for cell in cells]
-                writer.writerow(cells)
+            f"SELECT {quoted(NAMES)} FROM entries WHERE roster_id = ? AND seen_in <= ? "
+            f'ORDER BY "{KEY.name}"',
+            (roster["roster_id"], last_sync),
+        )
+        if arguments.output:
+            with new_file(arguments.output) as file:
+                write_csv(file, rows, arguments.excel)
+        else:
+            write_csv(sys.stdout, rows, arguments.excel)
     return 0
 
 
-def new_file(path: str) -> TextIO:
-    """A new file, for its owner alone; line ends are left to csv. Raises OSError."""
-    return open(path, "x", encoding="utf-8", newline="",
-                opener=functools.partial(os.open, mode=0o600))
+def choose_roster(connection, arguments):
+    """The only roster that fits the options. Raises CommandError with the choice. (An option that
+    is not given is NULL. Then SQL compares a column with itself, which is true.)"""
+    rosters = connection.execute(
+        "SELECT * FROM rosters WHERE institution = coalesce(:institution, institution) "
+        "AND cohort_id = coalesce(:cohort, cohort_id)",
+        vars(arguments),
+    ).fetchall()
+    if len(rosters) == 1:
+        return rosters[0]
+    lines = ["choose one of these rosters (none: nothing has been pushed yet):"]
+    for institution, cohort in connection.execute("SELECT institution, cohort_id FROM rosters"):
+        lines.append(f"  --institution {institution} --cohort {cohort}")
+    raise CommandError(*lines)
 
 
-def command_history(arguments: Arguments) -> int:
+def leavers(connection, roster, since):
+    """Find out who has left. Return the time of this cohort's last sync, and the number of a sync:
+    who was last named by that one, or by an earlier one, has left. If nobody has, the number is
+    None, and in SQL nothing is smaller than that.
+
+    The roster is sent again and again, perhaps in pages. If somebody of a sync has been named
+    again, a new round has come to that sync. Then whoever still has the number of that sync, or of
+    an earlier one, was left out by the new round. For example, in two pages, and without U1 the
+    second time:
+
+        sync                        1         2         3         4
+        it named                    U1 U2     U3 U4     U2 U3     U4
+        last named by it are        U1        nobody    U2 U3     U4
+
+    Of sync 1, U2 has been named again, and U1 has not. So U1 has left. Of syncs 3 and 4 nobody has
+    been named again yet, so nobody of them is listed. Of the newest sync that is always so.
+
+    If clocks were always right, the times would tell as much. But they are not, so the date that
+    the user gives is only a second condition: the sync must also be from before that date."""
+    return connection.execute(
+        """
+SELECT
+    -- the time of the last sync
+    coalesce((SELECT time FROM syncs
+         WHERE institution = :institution AND cohort_id = :cohort_id
+         ORDER BY sync_id DESC LIMIT 1), 0),
+    min(  -- of two numbers; if one of them is NULL, this is NULL
+        -- the last sync before the date
+        (SELECT max(sync_id) FROM syncs
+         WHERE institution = :institution AND cohort_id = :cohort_id AND time < :since),
+        -- the newest sync of which some have been named again, and some have not (`still` have its
+        -- number), or were forgotten; it named `new + updated`
+        (SELECT max(sync_id) FROM syncs LEFT JOIN (
+             SELECT seen_in AS sync_id, count(*) AS still FROM entries
+             WHERE roster_id = :roster_id GROUP BY seen_in) USING (sync_id)
+         WHERE institution = :institution AND cohort_id = :cohort_id
+             AND ifnull(still, 0) + forgotten BETWEEN 1 AND new + updated - 1))""",
+        {**dict(roster), "since": since},
+    ).fetchone()
+
+
+FORMULA = tuple(
+    "=+-@＝＋－＠"
+)  # a spreadsheet runs a cell that begins with one of these (CWE-1236)
+
+
+def write_csv(file, rows, for_excel):
+    writer = csv.writer(file)
+    if for_excel:
+        file.write("\ufeff")  # without this mark, Excel does not know that the file is UTF-8
+    writer.writerow(NAMES)
+    for row in rows:
+        cells = []
+        for field, value in zip(FIELDS, row):
+            if field.kind is bool:
+                value = {1: "true", 0: "false"}.get(value)
+            elif for_excel and field.kind is str and str(value).startswith(FORMULA):
+                value = f"'{value}"
+            cells.append(value)
+        writer.writerow(cells)  # None as an empty cell
+
+
+def new_file(path):
+    """A new file that only its owner can read. It must not exist."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    return open(path, "w", encoding="utf-8", newline="")
+
+
+def utc(seconds):
+    return strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(seconds))
+
+
+def command_history(arguments):
     """List the latest syncs, or with --stale the institutions that have gone quiet."""
-    configuration = configuration_for(arguments)
-    with read_only(configuration.settings["database"], migrated=True) as connection:
+    config = load_configuration(arguments)
+    with read_only(config.database) as connection:
         if arguments.stale is not None:
-            names = [institution.name for institution in configuration.institutions]
-            return stale(connection, names, arguments.stale)
-        rows = connection.execute(f"SELECT {', '.join(HISTORY)} FROM history "
-                                  "ORDER BY sync_id DESC LIMIT 20").fetchall()
+            return stale(connection, config.institutions, arguments.stale)
+        limit = 20 if arguments.since is None else -1  # -1 means no limit
+        rows = connection.execute(
+            "SELECT * FROM history WHERE time >= ? ORDER BY sync_id DESC LIMIT ?",
+            (utc(arguments.since or 0), arguments.last or limit),
+        ).fetchall()
+    syncs = []
+    for row in rows:
+        syncs.append({**dict(row), "errors": loads(row["errors"])})
     if arguments.json:
-        print(json.dumps([{**dict(zip(HISTORY, row)), "errors": json.loads(row[-1])}
-                          for row in rows]))
-        return 0
-    table = [[printable(str(cell)) for cell in row[:-1]] for row in (HISTORY, *rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for cells, errors in zip(table, ["[]", *(row[-1] for row in rows)]):
-        print(" ".join(map(str.ljust, cells, widths)).rstrip())
-        for error in json.loads(errors) if arguments.errors else ():
-            print(printable(f"    row {error['row']}: {error['error']}: {error['message']}"))
+        print(dumps(syncs))
+    else:
+        print_history(syncs, arguments.errors)
     return 0
 
 
-def stale(connection: sqlite3.Connection, names: Iterable[str], hours: float) -> int:
-    """1, and a line each, if a last sync is older than that, or as far in the future; else 0."""
-    # By arrival, so that a clock that was wrong once hides nobody: the last of each stays.
-    last = dict(connection.execute("SELECT institution, time FROM history ORDER BY sync_id"))
-    since, until = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
-                    for seconds in (-hours * 3600, hours * 3600))
-    quiet = [name for name in names if not since <= (last.get(name) or "") <= until]
-    for name in quiet:
-        print(f"{name}: last sync {last.get(name, 'never')}")
-    return 1 if quiet else 0
+def print_history(syncs, with_errors):
+    """A table of 80 columns. (Its times have no year; --json has all there is.)"""
+    print("time        institution cohort   received   new updated unchanged rejected    ms")
+    for sync in syncs:
+        print(
+            f"{sync['time'][5:16].replace('T', ' ')} {fitted(sync['institution'], 11)} "
+            f"{fitted(sync['cohort_id'], 8)} {sync['received']:>8} {sync['new']:>5} "
+            f"{sync['updated']:>7} {sync['unchanged']:>9} {sync['rejected']:>8} "
+            f"{sync['milliseconds']:>5}"
+        )
+        if with_errors:
+            for error in sync["errors"]:
+                print(printable(f"    row {error['row']}: {error['error']}: {error['message']}"))
 
 
-def command_backup(arguments: Arguments) -> int:
+def fitted(text, width):
+    """The text in just this width. If it is longer, its middle is cut out."""
+    text = printable(text)
+    if len(text) > width:
+        half = width // 2
+        text = f"{text[: width - half - 1]}…{text[-half:]}"
+    return text.ljust(width)
+
+
+def stale(connection, institutions, hours):
+    """Print the institutions whose last sync is older than so many hours. Return 1 if there are."""
+    # In order of arrival, so that a clock that was wrong once hides nobody. The dict keeps the last
+    # time of each institution. A time in the future is as suspicious as an old one, so we use abs.
+    last = dict(connection.execute("SELECT institution, time FROM syncs ORDER BY sync_id"))
+    now = time.time()
+    status = 0
+    for institution in institutions:
+        moment = last.get(institution.name)
+        if moment is None or abs(now - moment) > 3600 * hours:
+            print(f"{institution.name}: last sync {utc(moment) if moment else 'never'}")
+            status = 1
+    return status
+
+
+def command_backup(arguments):
     """Copy the database as it is at one moment, while the server goes on."""
-    with read_only(configuration_for(arguments).settings["database"]) as source:
+    with read_only(load_configuration(arguments).database, oldest=0) as source:
         new_file(arguments.file).close()
         try:
-            with contextlib.closing(sqlite3.connect(arguments.file)) as target:
+            with closing(sqlite3.connect(arguments.file)) as target:
                 source.backup(target)
         except BaseException:
-            os.remove(arguments.file)       # half a copy must not pass for one
+            os.remove(arguments.file)  # half a copy must not pass for one
             raise
-    faults = check_database(arguments.file)
-    say(*faults, f"{arguments.file}: " + ("a copy of a damaged database" if faults else "good"))
-    return 1 if faults else 0
-
-
-def command_demo(arguments: Arguments) -> int:
-    """Show the whole of it on made-up data: a throw-away server, pushes, and what goes wrong."""
-    secret = "sis_" + secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory(prefix="sis_sync-") as folder:
-        ini = pathlib.Path(folder, "sis_sync.ini")
-        ini.write_text("[server]\nport = 0\n")
-        service = Service(load_configuration(str(ini), {"SIS_SYNC_SECRET": secret}))
-        server = Server(service)
-        print(f"A throw-away server at {server.url}, its database in {folder} till the end\n")
-        demo_steps(server.url, secret)
-        print("\nTo try it while the server runs, until you press Ctrl-C:\n"
-              f"  curl {server.url}{SYNC_PATH} -H 'Authorization: Bearer {secret}' \\\n"
-              f"    -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            while not arguments.once:
-                time.sleep(3600)
-        server.leave()
+    look_for_damage(arguments.file)
+    if sys.stdout.isatty():  # cron mails whatever is printed
+        say(f"{arguments.file}: good")
     return 0
 
 
-def demo_steps(url: str, secret: str) -> None:
+# Those that the options of `forget` choose. :keys is one text with a line end around each key,
+# which no key can hold. So we can look whether that text contains the key of an entry.
+CHOSEN = f"""
+FROM entries JOIN rosters USING (roster_id)
+WHERE institution = :institution AND cohort_id = coalesce(:cohort, cohort_id)
+AND (:keys IS NULL OR instr(:keys, char(10) || "{KEY.name}" || char(10)))"""
+
+
+def command_forget(arguments):
+    """Erase students from the database: all of an institution, or of a cohort, or some."""
+    if not arguments.institution:
+        raise CommandError("forget needs --institution NAME")
+    keys = "\n".join(["", *arguments.student, ""]) if arguments.student else None
+    values = {**vars(arguments), "keys": keys}
+    database = load_configuration(arguments).database
+    with read_only(database) as connection:
+        cohorts = connection.execute(
+            f"SELECT cohort_id, count(*) {CHOSEN} GROUP BY cohort_id", values
+        ).fetchall()
+    for cohort, number in cohorts:
+        print(printable(f"cohort {cohort}: {number:,}"))
+    if arguments.yes:
+        erase(
+            database, values
+        )  # also if nobody is found: it empties the WAL, if that failed before
+    if not cohorts:
+        say("nobody found")
+        return 1
+    say("erased" if arguments.yes else "nothing is erased yet: add --yes")
+    say("not reached: backups, and the feed, whose next push brings them back")
+    return 0
+
+
+def erase(database, values):
+    """Delete entries, so that no file of the database holds their bytes any more."""
+    with closing(open_database(database)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        # If a sync has fewer entries than it named, `leavers` believes that the others were named
+        # again. Erased ones were not, so we write down how many they are.
+        lost = connection.execute(f"SELECT count(*), seen_in {CHOSEN} GROUP BY seen_in", values)
+        connection.executemany(
+            "UPDATE syncs SET forgotten = forgotten + ? WHERE sync_id = ?", lost.fetchall()
+        )
+        connection.execute(
+            f"DELETE FROM entries WHERE entry_id IN (SELECT entry_id {CHOSEN})", values
+        )
+        connection.execute("COMMIT")
+        # This writes the file anew. Without it, old values could still be there from a time before
+        # this program set secure_delete.
+        connection.execute("VACUUM")
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if busy:
+        words = "still holds them, as somebody reads it: repeat this until nobody is found"
+        raise CommandError(f"{database}-wal {words}")
+
+
+def command_demo(arguments):
+    """Show the whole of it on made-up data: a throw-away server, pushes, and what goes wrong."""
+    # SIGTERM shall raise KeyboardInterrupt, as Ctrl-C does, so that nothing is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    secret = "sis_" + token_urlsafe(32)
+    os.environ["SIS_SYNC_SECRET"] = secret  # the configuration below looks for it there
+    with tempfile.TemporaryDirectory(prefix="sis_sync-") as folder:
+        ini = Path(folder, "sis_sync.ini")
+        ini.write_text("[server]\nport = 0\n")
+        server = Server(Service(load_configuration(Arguments(config=str(ini)))))
+        server.start()
+        try:
+            print(f"A throw-away server at {server.url}, its database in {folder} till the end\n")
+            demo_steps(server.url, secret)
+            print(
+                "\nTo try it while the server runs, until you press Ctrl-C:\n"
+                f"  curl {server.url}{SYNC_PATH} -H 'Authorization: Bearer {secret}' \\\n"
+                f"    -H 'Content-Type: application/json' -d '{dumps(EXAMPLE)}'",
+                flush=True,
+            )
+            while not arguments.once:
+                sleep(1)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.leave()
+    return 0
+
+
+def demo_steps(url, secret):
     """Each step, and in the end all of them in a table."""
+    example = EXAMPLE["students"][0]
+    students = []
+    for index in range(12_000):
+        key = f"U{index * 7919 % 1_000_003}"  # all different, and in no order, as in real files
+        students.append({**example, KEY.name: key, "email": f"student{index}@example.edu.au"})
     table = []
-    students = [{**EXAMPLE["students"][0], KEY.name: f"U{index * 7919 % 1_000_003}",  # in no order
-                 "email": f"student{index}@example.edu.au"} for index in range(12_000)]
     for title in ("12,000 students in pages of 5,000", "The same again"):
         print(f"{title}:")
         push = Push(Client(url, secret).post, "2026", list(enumerate(students, 1)), sys.stdout)
         push.run(5000)
-        table.append((title, 200, "{imported:,} new, {updated:,} updated, {unchanged:,} unchanged"
-                      .format_map(push.counts)))
+        new, updated, unchanged = push.counts.values()
+        table.append((title, 200, f"{new:,} new, {updated:,} updated, {unchanged:,} unchanged"))
+    # Of the last twenty some are refused: the pushes before took tokens from the same bucket.
     for title, token, rows, times in (
-            ("A bad row is reported, the good one kept", secret, [EXAMPLE["students"][0], {}], 1),
-            ("A wrong secret", "not the secret", [], 1),
-            ("5,001 students at once", secret, students[:5001], 1),
-            ("More than 20 requests in a minute", secret, [], 20)):     # there were some before
+        ("A bad row, and a good one", secret, [example, {}], 1),
+        ("A wrong secret", "wrong", [], 1),
+        ("5,001 students at once", secret, students[:5001], 1),
+        ("More than 20 requests in a minute", secret, [], 20),
+    ):
         for _ in range(times):
-            answer = Client(url, token).post({"cohort_id": "2026", "students": rows})
-        print(f"{title}:\n  {answer.status} {json.dumps(answer.document)}")
-        rejected = f"{len(answer.document.get('errors', ()))} rejected"
-        table.append((title, answer.status, answer.document.get("error", rejected)))
-    print("", *("  {:<42} {}  {}".format(*line) for line in table), sep="\n")
+            status, document, _ = Client(url, token).post({"cohort_id": "2026", "students": rows})
+        print(f"{title}:\n  {status} {dumps(document)}")
+        words = f"{document.get('imported')} imported, {len(document.get('errors', ()))} rejected"
+        table.append((title, status, document.get("error", words)))
+    print()
+    for title, status, words in table:
+        print(f"  {title:<33} {status}  {words}")
 
 
-DATE = reader("a date, YYYY-MM-DD", str, "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")
-HOURS = reader("a number of hours", float, r"[0-9]{1,6}(\.[0-9]{1,6})?")
-MAPPING = reader("FIELD=HEADER, FIELD being one of " + ", ".join(NAMES),
-                 lambda text: text.split("=", 1), f"(?s)({'|'.join(NAMES)})=.+")
-FLAG = {"action": "store_true"}
-NO_DEFAULT = {"default": argparse.SUPPRESS}     # so that it may stand before `serve`, or without it
-# A function, and its options: name, help, and what else argparse is to know.
-COMMANDS: dict[str, tuple[Callable[[Arguments], int], Any]] = {
-    "serve": (command_serve, (
-        ("--host", "instead of the configured one", {"type": ADDRESS, **NO_DEFAULT}),
-        ("--port", "likewise; 0: any free port", {"type": whole_number(0, 65535), **NO_DEFAULT}))),
-    "demo": (command_demo, (("--once", "end when all is shown", FLAG),)),
-    "secret": (command_secret, (("--hash", "make the line of a secret on standard input", FLAG),)),
-    "check": (command_check, ()),
-    "push": (command_push, (
-        ("file", "CSV, OneRoster users.csv or JSON; -: standard input", {}),
-        ("--url", "of the server, such as https://sync.example.edu", {}),
-        ("--cohort", "the cohort_id of the roster", {"required": True}),
-        ("--secret-file", "where the secret is; else in the environment's SIS_SYNC_SECRET", {}),
-        ("--map", "FIELD=HEADER; repeatable", {"type": MAPPING, "action": "append", "default": []}),
-        ("--encoding", "of a CSV", {"choices": ("utf-8", "cp1252"), "default": ""}),
-        ("--dry-run", "check every row, if not against the server's lists, and send nothing", FLAG),
-        ("--batch", "students in a page", {"type": whole_number(1, 5000), "default": 5000}),
-        ("--ca-file", "certificates to trust, in PEM", {}))),
-    "export": (command_export, (
-        ("--institution", "whose; needed if there are several", {}),
-        ("--cohort", "which; needed if there are several", {}),
-        ("--output", "a new file, instead of standard output", {}),
-        ("--not-seen-since", "only who has been in no sync since YYYY-MM-DD (UTC)", {"type": DATE}),
-        ("--excel", "with a BOM, and no cell that a spreadsheet would run", FLAG))),
-    "history": (command_history, (
-        ("--errors", "with the rejected rows of each", FLAG),
-        ("--json", "as JSON", FLAG),
-        ("--stale", "exit 1, naming those who sent nothing for so many hours", {"type": HOURS}))),
-    "backup": (command_backup, (("file", "the copy; it must not exist", {}),)),
+def midnight(text):
+    """The beginning of a day, as the clock of this machine shows it, in seconds since 1970."""
+    return time.mktime(time.strptime(text, "%Y-%m-%d"))
+
+
+# What may stand behind an option, if not just any text.
+FORMATS = {
+    "ADDRESS": ADDRESS,
+    "PORT": whole_number(0, 65535),
+    "N": whole_number(1, 1_000_000),
+    "DATE": Format("a date, YYYY-MM-DD", make=midnight),
+    "HOURS": Format("a number of hours", r"[0-9]{1,6}(\.[0-9]{1,6})?", float),
+    "FIELD=HEADER": Format(f"FIELD=HEADER, FIELD one of {NAMES}", rf"({'|'.join(NAMES)})=.+"),
+    "ENCODING": Format("utf-8 or cp1252", among=("utf-8", "cp1252")),
 }
+# For each command its function and its options, written as --help shows them. A line has the
+# option, perhaps a value (its format is in FORMATS), and after two spaces or more what it means. An
+# option whose value ends in "..." can be given several times.
+# fmt: off
+COMMANDS = {
+    "serve": (command_serve, """
+        --host ADDRESS           instead of the configured one
+        --port PORT              instead of the configured one; 0: any free port
+    """),
+    "demo": (command_demo, """
+        --once                   end when all is shown
+    """),
+    "secret": (command_secret, """
+        --hash                   make the line of a secret on standard input
+    """),
+    "check": (command_check, ""),
+    "push": (command_push, """
+        file FILE                CSV, OneRoster users.csv or JSON; -: standard input
+        --url URL                of the server, such as https://sync.example.edu
+        --cohort ID              the cohort_id of the roster; always needed
+        --secret-file FILE       where the secret is (default: in SIS_SYNC_SECRET)
+        --map FIELD=HEADER...    the column of a field
+        --encoding ENCODING      of a CSV: utf-8 or cp1252 (default: found out)
+        --dry-run                check every row, if not against the server's lists; send nothing
+        --batch N                students in a page (default: 5000)
+        --ca-file FILE           certificates to trust, in PEM
+        --quiet                  print only faults and rejected rows
+    """),
+    "export": (command_export, """
+        --institution NAME       needed if there are several
+        --cohort ID              needed if there are several
+        --output FILE            a new file (default: standard output)
+        --not-seen-since DATE    only who has left: named by no sync since YYYY-MM-DD
+        --excel                  with a mark for Excel, and no cell that a spreadsheet would run
+    """),
+    "history": (command_history, """
+        --last N                 how many syncs (default: 20, or with --since all)
+        --since DATE             only those since YYYY-MM-DD
+        --errors                 with the rejected rows of each
+        --json                   as JSON, with all there is
+        --stale HOURS            exit 1, naming each institution that sent nothing for so long
+    """),
+    "backup": (command_backup, """
+        file FILE                the copy; it must not exist
+    """),
+    "forget": (command_forget, """
+        --institution NAME       always needed
+        --cohort ID              only of this cohort (default: of all)
+        --student ID...          only this student_id_ext (default: all)
+        --yes                    erase them (default: say how many there are)
+    """),
+}
+# fmt: on
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sis_sync.py", description="A school's roster, pushed "
-                                     "over HTTP and kept in SQLite. Without a command: serve.")
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description="A school's roster, pushed over HTTP, kept in SQLite. No command: serve.",
+        epilog="Exit status: 0 success, 1 problems found, 2 could not run.",
+    )
     parser.add_argument("--version", action="version", version=f"sis_sync {__version__}")
-    parser.add_argument("--config", help="the file; else SIS_SYNC_CONFIG says, else sis_sync.ini")
+    words = "default: SIS_SYNC_CONFIG, or sis_sync.ini beside this file"
+    parser.add_argument("--config", metavar="FILE", help=words)
     parser.set_defaults(command=command_serve)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    # `--port 8000 serve` and `serve --port 8000` mean the same, so both parsers know the options of
+    # `serve`. argparse stores None for an option that is not given. So the second parser would
+    # overwrite what the first has read. SUPPRESS means: store nothing.
+    absent = argparse.SUPPRESS
     for name, (function, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        words = function.__doc__ or ""
+        command = commands.add_parser(name, help=words, description=words, epilog=parser.epilog)
         command.set_defaults(command=function)
-        for takes in (command, parser) if name == "serve" else (command,):
-            for option, words, keywords in options:
-                takes.add_argument(option, help=words, **keywords)
+        # Its pattern matches nothing: any value is refused, with "must be before the command".
+        too_late = Format("before the command", "(?!)")
+        command.add_argument("--config", type=too_late, default=absent, help=argparse.SUPPRESS)
+        add_options(command, options, absent if name == "serve" else None)
+    add_options(parser, COMMANDS["serve"][1], absent)  # as `serve` may be left out
     return parser
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0 well, 1 the work found faults, 2 it can't be done."""
+def add_options(parser, lines, default):
+    for line in lines.strip().splitlines():
+        option, words = re.split("  +", line.strip())
+        name, _, value = option.partition(" ")
+        how = {"help": words, "action": "store_true", "default": default}
+        if value:
+            metavar = value.rstrip(".")
+            how.update(metavar=metavar, type=FORMATS.get(metavar, str))
+            how["action"] = "store" if metavar == value else "append"
+        parser.add_argument(name, **how)
+
+
+def main(words=None):
+    """The command line. Returns the exit status."""
     for name in ("stdin", "stdout", "stderr"):
-        # Whoever started us may have closed it; and a Windows console may not know every letter.
-        stream = getattr(sys, name) or open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115
-        if name != "stdin" and hasattr(stream, "reconfigure"):
+        stream = getattr(sys, name)
+        if not stream:  # whoever started us has closed it
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+        elif name != "stdin":
+            # UTF-8 on Windows, too; and line ends as the csv module writes them.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")
-        setattr(sys, name, stream)
-    log.handlers[:] = [logging.NullHandler()]       # a command that needs a log says where
+    log.handlers[:] = [logging.NullHandler()]  # a command that needs a log says where
     try:
         arguments = argument_parser().parse_args(words)
-        status = int(arguments.command(arguments))
+        status = arguments.command(arguments)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
     except (CommandError, sqlite3.Error) as error:
         say(*(f"sis_sync: {line}" for line in error.args))
+    except UnicodeError as error:  # in an argument, bytes that are not UTF-8
+        say(f"sis_sync: {error}")
     except OSError as error:
-        # Of stdout, say: the interpreter must not complain about it once more at exit.
-        with contextlib.suppress(OSError):      # a stdout may be none of the system's
+        # If whoever read our output has gone (`| head`), Python would fail once more when it ends
+        # and writes what is left. So it shall write that to nowhere.
+        with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            say(f"sis_sync: {error.filename}: {error.strerror}" if error.filename else
-                f"sis_sync: {error}")
+        # A closed pipe is EPIPE, or on Windows EINVAL, and the error then names no file.
+        if error.filename or error.errno not in (errno.EPIPE, errno.EINVAL):
+            file = f"{error.filename}: " if error.filename else ""
+            say(f"sis_sync: {file}{error.strerror or error}")
     return 2
 
 
