@@ -440,7 +440,7 @@ def describe(error: BaseException):
     """An unexpected error in one line for the log: its type, its words, and the functions in which
     it happened, the innermost first, each with a line of this file:
 
-        OperationalError: disk I/O error (store_batch:1443 < sync:293 < route:250 < handle:231)
+        OperationalError: disk I/O error (store_batch:1444 < sync:293 < route:250 < handle:231)
 
     A traceback of Python would say more, but its words may hold the data of a student. So we
     show words only if they come from the database, the system or ourselves."""
@@ -1355,9 +1355,10 @@ class Database:
         try:
             prepare = rehearse if rehearsal else prepare_database
             self.is_new = prepare(self.path)
-        except (OSError, sqlite3.Error) as error:
-            words = getattr(error, "strerror", error)  # a sqlite3.Error has no strerror
-            raise CommandError(f"{self.path}: {words}") from error
+        except OSError as error:
+            raise CommandError(f"{self.path}: {os.strerror(error.errno)}") from error
+        except sqlite3.Error as error:
+            raise CommandError(f"{self.path}: {error}") from error
 
     def open(self) -> sqlite3.Connection:
         """Open the database. From now on `check_files` compares with what is there now."""
@@ -1862,13 +1863,13 @@ class Server(http.server.ThreadingHTTPServer):
             if address:
                 return Stream(connection, address[0], self.service.config), address
             connection.close()  # macOS gives no address if the client has gone already
-        except ConnectionError:
-            pass  # a client that has gone costs nobody anything
         except (OSError, MemoryError) as error:
-            log.error(f"- cannot accept: {describe(error)}")
             number = getattr(error, "errno", errno.ENOMEM)  # a MemoryError has no number
             if number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                sleep(0.5)  # no more files, or no more memory: the next would fail, too
+                # No more files, or no more memory: the next would fail, too. Any other error is
+                # that of a client that has gone, and costs nobody anything.
+                log.error(f"- cannot accept: {describe(error)}")
+                sleep(0.5)
         raise OSError("no connection")
 
     def process_request(self, stream, address):
