@@ -389,7 +389,7 @@ ERRORS = {
         ("max", "max_bytes"), code="batch_too_large"),
     "line_too_long": ErrorCode(414, "the request line is too long", code="request_too_large"),
     "unsupported_media_type": ErrorCode(
-        415, "Content-Type must be application/json; Content-Encoding gzip or identity",
+        415, "Content-Type must be application/json in UTF-8; Content-Encoding gzip or identity",
         "sync", headers=(("Accept", "application/json"), ("Accept-Encoding", "gzip, identity"))),
     "rate_limited": ErrorCode(
         429, "too many requests", "sync", ("retry_after",), (("Retry-After", 3),)),
@@ -440,7 +440,7 @@ def describe(error: BaseException):
     """An unexpected error in one line for the log: its type, its words, and the functions in which
     it happened, the innermost first, each with a line of this file:
 
-        OperationalError: disk I/O error (store_batch:1444 < sync:293 < route:250 < handle:231)
+        OperationalError: disk I/O error (store_batch:1449 < sync:293 < route:250 < handle:231)
 
     A traceback of Python would say more, but its words may hold the data of a student. So we
     show words only if they come from the database, the system or ourselves."""
@@ -675,11 +675,12 @@ def check_length(length, config):
 
 
 def check_media_type(request):
-    """The body must be JSON, perhaps compressed. A missing Content-Type is accepted."""
+    """The body must be JSON in UTF-8, perhaps compressed. A missing Content-Type is accepted."""
     content_type = request.headers.get("content-type", "application/json")
-    media_type = content_type.partition(";")[0].strip().lower()
     coding = request.content_encoding()
-    if media_type != "application/json" or coding not in ("identity", "gzip", "x-gzip"):
+    is_json = re.match(r"(?i)application/json\s*(;|$)", content_type)
+    other_charset = re.search('(?i)charset=(?!"?utf-?8)', content_type)
+    if not is_json or other_charset or coding not in ("identity", "gzip", "x-gzip"):
         request.note = f"(Content-Type {escape(content_type)}, Content-Encoding {escape(coding)})"
         raise Refusal("unsupported_media_type")
 
@@ -746,7 +747,7 @@ def parse_number(text):
     """loads calls this for each number."""
     if len(text) > MAX_DIGITS:  # int() would take seconds for a million digits
         raise ValueError(f"a number of more than {MAX_DIGITS} digits")
-    if fullmatch("-?[0-9]+", text):
+    if text.lstrip("-").isdigit():
         return int(text)
     number = float(text)
     return int(number) if number.is_integer() else number  # 9.0 is an integer in JSON Schema, too
@@ -1169,7 +1170,7 @@ def open_database(path, for_reading=False) -> sqlite3.Connection:
     # promises not to write (query_only). Even a reader may have to create the WAL, and whoever
     # closes last removes it. With mode=ro it could not remove it. So the WAL of a reader who is
     # root would stay, and the server could not open it.
-    uri = Path(path).absolute().as_uri() + "?mode=rw"
+    uri = f"{Path(path).absolute().as_uri()}?mode=rw"
     connection = sqlite3.connect(
         uri,
         uri=True,
@@ -1278,10 +1279,11 @@ def missing_statements(connection) -> list:
 
 
 def protect(path):
-    """Let nobody but the owner read the database. SQLite gives its other files the same mode."""
+    """Let nobody but the owner read the database. New files of SQLite's have the same mode."""
     # It fails for a file of another user, and on disks without modes (exFAT, CIFS).
-    with suppress(OSError):
-        os.chmod(path, 0o600)
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(OSError):
+            os.chmod(f"{path}{suffix}", 0o600)
     if os.stat(path).st_mode & 0o077:
         log.warning(f"warning: other users of this machine may read {path}")
 
@@ -1364,7 +1366,10 @@ class Database:
         """Open the database. From now on `check_files` compares with what is there now."""
         connection = open_database(self.path)
         connection.create_function("changed", 1, self._count_changed)
-        # The PRAGMAs of open_database have made the WAL, if there was none.
+        # Another database may have been put in place of ours. These two see whether we may write
+        # to it, and they make its WAL.
+        switch_to_wal(connection)
+        schema_version(connection)
         self._files = {path: os.stat(path) for path in (self.path, f"{self.path}-wal")}
         self._connection = connection
         return connection
@@ -1829,7 +1834,7 @@ class Server(http.server.ThreadingHTTPServer):
         # A lock, on which `leave` can also wait until somebody calls notify_all.
         self.streams_changed = threading.Condition()
         config = service.config
-        self.possible_connections = raise_file_limit() - SPARE_FILES
+        self.possible_connections = max(1, raise_file_limit() - SPARE_FILES)
         host = str(config.host)
         if config.host.version == 6:
             self.address_family = socket.AF_INET6
@@ -1942,7 +1947,7 @@ def raise_file_limit():
     """Ask for as many open files as possible, and return how many there may be. (On macOS a process
     begins with 256, and each connection is one.)"""
     most = OPEN_FILES
-    with suppress(ImportError):  # Windows has no such limit
+    with suppress(ImportError, ValueError):  # Windows has no such limit; it may be forbidden
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2883,10 +2888,13 @@ INVISIBLE = (
     "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U0001d173-\U0001d17a"
     "\U000e0000-\U000e0fff"
 )
-# The empty group () says that nothing stays. Excel writes #N/A (in German #NV), #REF! or #NAME?.
+# The empty group () says that nothing stays. Excel writes #N/A (in German #NV), #REF! or
+# #NAME?, and #### where a column is too narrow.
 WRAPPINGS = (
     Wrapping("an invisible character", f"()[{INVISIBLE}]+", certain=True, only_keys=True),
-    Wrapping("NULL or #N/A", r"^()(?:NULL|\(null\)|\\N|#N/A|#NV|#[A-Z0/]+[!?])\Z", certain=True),
+    Wrapping(
+        "NULL or #N/A", r"^()(?:NULL|\(null\)|\\N|#N/A|#NV|#[A-Z0/]+[!?]|###+)\Z", certain=True
+    ),
     Wrapping("no value", r"(?i)^()(?:null|none|nan|n/a|<na>)\Z", certain=True, only_keys=True),
     Wrapping('="..."', r'(?s)^="(.*)"\Z', certain=True),
     Wrapping('"..."', r'(?s)^["“„](.*)["”“]\Z', only_keys=True),
@@ -2907,16 +2915,17 @@ class RosterFile:
         self.faults = {}  # by number: what is wrong there
 
 
-def read_roster(path, mapping, encoding):
-    """Read a file; "-" is standard input. Raises OSError, CommandError."""
+def read_roster(arguments):
+    """Read the file of `push`; "-" is standard input. Raises OSError, CommandError."""
+    path = arguments.file
     file = RosterFile(path)
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     # JSON begins with { or with [ and a value, perhaps behind a byte order mark. (The header of a
     # CSV may begin with a bracket, too: [student_id_ext],[email].)
     if re.match(rb'[\xef\xbb\xbf\s]*(\{|\[\s*([]{["0-9-]|null|true|false))', data):
-        read_json(file, data, mapping)
+        read_json(file, data, arguments)
     else:
-        read_csv(file, data, mapping, encoding)
+        read_csv(file, data, arguments)
     # A server finds a duplicate in one page. We find it in the whole file.
     seen = set()
     for number, student in file.rows:
@@ -2929,15 +2938,20 @@ def read_roster(path, mapping, encoding):
     return file
 
 
-def read_json(file, data, mapping):
+def read_json(file, data, arguments):
     """Read an array of students, or a request body."""
-    if mapping:
+    if arguments.map:
         raise CommandError(f"{file.path}: is JSON, and --map is for CSV")
     try:
         document = parse_json(bytearray(data))
     except Refusal as refusal:
         raise CommandError(f"{file.path}: {refusal}") from None
-    students = document.get("students") if isinstance(document, dict) else document
+    students = document
+    if isinstance(document, dict):
+        students = document.get("students")
+        cohort = document.get("cohort_id", arguments.cohort)
+        if cohort != arguments.cohort:
+            raise CommandError(f"{file.path}: its cohort_id is {cohort!r}, not that of --cohort")
     if isinstance(students, dict):  # PowerShell writes {"value": [...], "Count": 2}
         students = students.get("value")
     if not isinstance(students, list):
@@ -2946,16 +2960,16 @@ def read_json(file, data, mapping):
     file.rows = list(enumerate(students, 1))
 
 
-def read_csv(file, data, mapping, encoding):
+def read_csv(file, data, arguments):
     """Read a CSV, or a OneRoster users.csv, of which only the students are taken."""
-    header, records = read_table(file, data, encoding)
-    names = {folded(cell) for cell in header}
-    is_oneroster = {"sourcedid", "givenname", "familyname"} <= names
+    header, records = read_table(file, data, arguments.encoding)
+    mapping = dict(pair.split("=", 1) for pair in arguments.map or ())
+    is_oneroster = {"sourcedid", "givenname", "familyname"} <= set(map(folded, header))
     if is_oneroster:
         mapping = {**ONEROSTER, **mapping}
     columns = find_columns(file, header, mapping)
-    keys = [columns[field.name] for field in FIELDS if field.required]
-    unwrap(file, records, [*keys, "sourcedid"])
+    keys = {columns[field.name]: field.name for field in FIELDS if field.required}
+    unwrap(file, records, {**keys, "sourcedid": "sourcedId"})
     if is_oneroster:
         records = only_students(file, records)
     for line, record in records:
@@ -3008,10 +3022,10 @@ def read_table(file, data, encoding):
         raise CommandError(f"{file.path}: is empty; it must begin with a header")
     _, header = table.pop(0)
     names = [folded(cell) or "no name" for cell in header]
-    records = []
-    for line, cells in table:
-        # Missing cells are empty. Cells too many have the name "", which `student_of` reports.
-        records.append((line, dict(itertools.zip_longest(names, cells, fillvalue=""))))
+    # Missing cells are empty. Cells too many have the name "", which `student_of` reports.
+    records = [
+        (line, dict(itertools.zip_longest(names, cells, fillvalue=""))) for line, cells in table
+    ]
     return header, records
 
 
@@ -3028,8 +3042,10 @@ def decoded(file, data, stated):
     # If some characters beyond ASCII are right UTF-8, the file is not Windows-1252 as a whole.
     without_wrong_bytes = data.decode("utf-8", "ignore")
     if stated or not without_wrong_bytes.isascii():
-        words = f"line {line} is not {stated or 'UTF-8, but others are'}"
-        raise CommandError(f"{file.path}: {words}: mend it, or say what it is with --encoding")
+        raise CommandError(
+            f"{file.path}: line {line} is not {stated or 'UTF-8, but others are'}: "
+            "mend it, or say what it is with --encoding"
+        )
     log.warning("warning: not UTF-8, so read as Windows-1252: see that names come out right")
     return decoded(file, data, "cp1252")
 
@@ -3042,7 +3058,7 @@ def folded(name):
 
 def find_columns(file, header, mapping):
     """Find the folded header of each field that has a column. Raises CommandError."""
-    names = [folded(cell) for cell in header]
+    names = list(map(folded, header))
     columns = {}
     faults = []
     for field in FIELDS:
@@ -3069,7 +3085,7 @@ def find_columns(file, header, mapping):
 
 def unwrap(file, records, keys):
     """Take the wrappings off, if that is certain. If it is not, a line with a wrapped key is at
-    fault. `keys` are the columns of ids and e-mails."""
+    fault. `keys` are the columns of ids and e-mails, and the names to show for them."""
     columns = set(records[0][1]) - {""} if records else ()
     # For each column each wrapping, and all of them twice, as one may be within another: '="007"
     for name, wrapping in itertools.product(sorted(columns), WRAPPINGS * 2):
@@ -3082,7 +3098,7 @@ def unwrap(file, records, keys):
                     text = re.sub(wrapping.pattern, r"\1", record[name])
                     record[name] = text.strip(WHITE_SPACE)
                 elif name in keys:
-                    words = f"{name} has {wrapping.words}, but not in every line"
+                    words = f"{keys[name]} has {wrapping.words}, but not in every line"
                     file.faults[line] = f"wrapped_value: {words}"
 
 
@@ -3135,7 +3151,7 @@ def only_students(file, users):
             reasons = {}
             roles_file = RosterFile(str(path))
             _, roles = read_table(roles_file, path.read_bytes(), "")
-            unwrap(roles_file, roles, ["usersourcedid"])
+            unwrap(roles_file, roles, {"usersourcedid": "userSourcedId"})
             for _, role in roles:
                 user_id = role.get("usersourcedid", "").casefold()
                 if reasons.get(user_id) != "":  # one role as a student is enough
@@ -3201,7 +3217,7 @@ def command_secret(arguments):
         secret = b"sis_" + token_urlsafe(32).encode()
         print(secret.decode())
         say("line 1: for whoever pushes; it is not saved. line 2: paste it into sis_sync.ini")
-    print("sha256:" + sha256(secret).hexdigest())
+    print(f"sha256:{sha256(secret).hexdigest()}")
     return 0
 
 
@@ -3238,8 +3254,7 @@ def command_push(arguments):
         output = io.StringIO()
     else:
         log.handlers[:] = [logging.StreamHandler()]  # what the steps below notice
-    mapping = dict(pair.split("=", 1) for pair in arguments.map or ())
-    file = read_roster(arguments.file, mapping, arguments.encoding or "")
+    file = read_roster(arguments)
     if not file.rows and not file.faults:
         say(f"{file.path}: no students, so nothing is sent")
         return 1
@@ -3405,9 +3420,7 @@ def command_history(arguments):
             "SELECT * FROM history WHERE time >= ? ORDER BY sync_id DESC LIMIT ?",
             (utc(arguments.since or 0), arguments.last or limit),
         ).fetchall()
-    syncs = []
-    for row in rows:
-        syncs.append({**dict(row), "errors": loads(row["errors"])})
+    syncs = [{**dict(row), "errors": loads(row["errors"])} for row in rows]
     if arguments.json:
         print(dumps(syncs))
     else:
@@ -3522,15 +3535,17 @@ def erase(database, values):
         connection.execute("VACUUM")
         busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     if busy:
-        words = "still holds them, as somebody reads it: repeat this until nobody is found"
-        raise CommandError(f"{database}-wal {words}")
+        raise CommandError(
+            f"{database}-wal still holds them, as somebody reads it: "
+            "repeat this until nobody is found"
+        )
 
 
 def command_demo(arguments):
     """Show the whole of it on made-up data: a throw-away server, pushes, and what goes wrong."""
     # SIGTERM shall raise KeyboardInterrupt, as Ctrl-C does, so that nothing is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    secret = "sis_" + token_urlsafe(32)
+    secret = f"sis_{token_urlsafe(32)}"
     os.environ["SIS_SYNC_SECRET"] = secret  # the configuration below looks for it there
     with tempfile.TemporaryDirectory(prefix="sis_sync-") as folder:
         ini = Path(folder, "sis_sync.ini")
@@ -3540,14 +3555,15 @@ def command_demo(arguments):
         try:
             print(f"A throw-away server at {server.url}, its database in {folder} till the end\n")
             demo_steps(server.url, secret)
-            print(
-                "\nTo try it while the server runs, until you press Ctrl-C:\n"
-                f"  curl {server.url}{SYNC_PATH} -H 'Authorization: Bearer {secret}' \\\n"
-                f"    -H 'Content-Type: application/json' -d '{dumps(EXAMPLE)}'",
-                flush=True,
-            )
-            while not arguments.once:
-                sleep(1)
+            if not arguments.once:
+                print(
+                    "\nTo try it while the server runs, until you press Ctrl-C:\n"
+                    f"  curl {server.url}{SYNC_PATH} -H 'Authorization: Bearer {secret}' \\\n"
+                    f"    -H 'Content-Type: application/json' -d '{dumps(EXAMPLE)}'",
+                    flush=True,
+                )
+                while True:
+                    sleep(1)
         except KeyboardInterrupt:
             pass
         finally:

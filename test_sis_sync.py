@@ -316,6 +316,14 @@ def running(folder, ini="", **options):
 Result = collections.namedtuple("Result", "status out err")
 
 
+def read_roster(path, encoding=None, **mapping):
+    """What `push` reads of a file, for the cohort 2026."""
+    pairs = [f"{name}={header}" for name, header in mapping.items()]
+    return sis_sync.read_roster(
+        argparse.Namespace(file=str(path), encoding=encoding, map=pairs, cohort="2026")
+    )
+
+
 def run(*words, stdin=b"", **environment):
     """The command line, in this process, ten times as fast. (`serve` needs a process of its own, as
     it leaves its signal handlers in place; and only there the warnings of `check` are shown.)"""
@@ -1321,6 +1329,9 @@ MEDIA_TYPES = {
     "application/json": 200,
     "Application/JSON; charset=UTF-8": 200,
     "application/json;odata=verbose": 200,
+    'application/json; Charset="utf-8"; v=1': 200,
+    "application/json; charset=iso-8859-1": 415,
+    "application/json;v=1;charset=utf-16": 415,
     "text/json": 415,
     "": 415,
     "application/x-www-form-urlencoded": 415,
@@ -1355,7 +1366,7 @@ def test_the_content_coding_must_be_gzip_or_none(server, coding, status):
 
 def test_a_415_says_what_is_taken_and_the_log_what_came(server):
     answer = server.exchange(request_of(b"", Content_Type="text/\xeb", Content_Encoding="br"))
-    words = "Content-Type must be application/json; Content-Encoding gzip or identity"
+    words = "Content-Type must be application/json in UTF-8; Content-Encoding gzip or identity"
     assert answer.document == {"error": "unsupported_media_type", "detail": words}
     assert answer.headers["accept"] == "application/json"
     assert answer.headers["accept-encoding"] == "gzip, identity"
@@ -2955,9 +2966,12 @@ def test_when_accepting_ends_the_process_ends_with_1(tmp_path):
         assert process.process.wait(20) == 1
 
 
+FEW_FILES = [("ulimit -Sn 256", 8), ("ulimit -n 256", 5), ("ulimit -n 100", 1)]
+
+
 @linux
-@pytest.mark.parametrize("limit, addresses", [("ulimit -Sn 256", 8), ("ulimit -n 256", 5)])
-def test_with_256_descriptors_the_next_after_many_idle_ones_is_answered(tmp_path, limit, addresses):
+@pytest.mark.parametrize("limit, addresses", FEW_FILES)
+def test_with_few_descriptors_the_next_after_many_idle_ones_is_answered(tmp_path, limit, addresses):
     with running(tmp_path, command=in_shell(limit)) as process:
         with idle(process, 32, *(f"127.0.0.{number + 2}" for number in range(addresses))):
             answer = process.get("/healthz")  # long before the idle ones have had their 30 s
@@ -3016,6 +3030,13 @@ def test_memory_that_runs_out_costs_one_request_a_500(tmp_path):
             process.wait_for("connection: (RuntimeError|MemoryError)")
         assert is_served_again(process)
         assert process.push(student()).status == 200
+
+
+@posix
+def test_a_start_that_may_not_raise_the_limit_of_descriptors_goes_on(tmp_path):
+    code = "import resource, sis_sync; resource.setrlimit = lambda *_: int('x'); sis_sync.main()"
+    with running(tmp_path, command=(sys.executable, "-c", code)) as process:
+        assert process.get("/healthz").status == 200
 
 
 def test_starting_and_answering_look_no_name_up(tmp_path):
@@ -3221,12 +3242,19 @@ def shell(folder, command):
 
 @posix
 def test_the_files_are_their_owner_s_alone(tmp_path):
-    (tmp_path / "sis_sync.db").touch(0o644)
+    files = [tmp_path / f"sis_sync.db{suffix}" for suffix in ("", "-wal", "-shm")]
+    files[0].touch(0o644)
     with running(tmp_path) as process:
         process.push(student())
-        modes = {path.name: oct(path.stat().st_mode) for path in tmp_path.glob("*.db*")}
-    names = ("sis_sync.db", "sis_sync.db-wal", "sis_sync.db-shm")
-    assert modes == dict.fromkeys(names, "0o100600")
+        assert {oct(path.stat().st_mode) for path in files} == {"0o100600"}
+        process.stop(signal.SIGKILL)
+        for path in files:
+            path.chmod(0o644)
+        with contextlib.closing(sqlite3.connect(files[0])) as reader:
+            reader.execute("SELECT * FROM roster").fetchall()  # so the start cannot make them anew
+            process.start()
+            process.push(student())
+            assert {oct(path.stat().st_mode) for path in files} == {"0o100600"}
 
 
 @posix
@@ -3373,6 +3401,17 @@ ACCIDENTS = [
     ("mkdir moved && mv sis_sync.db* moved", "mv moved/* .", 500),
     ("cp backup.db new.db && mv new.db sis_sync.db", "true", 500),
 ]
+
+
+@posix
+def test_a_copy_that_never_had_a_log_is_used_when_it_is_put_in_place(tmp_path):
+    with running(tmp_path) as process:
+        process.push(student(1))
+        sql(process.database, f"VACUUM INTO '{tmp_path / 'copy.db'}'")
+        shell(tmp_path, "rm sis_sync.db* && mv copy.db sis_sync.db")
+        process.push(student(2))  # finds out
+        assert process.push(student(3)).status == 200
+        assert process.rows("SELECT student_id_ext FROM roster") == [("U1",), ("U3",)]
 
 
 @posix
@@ -3969,7 +4008,6 @@ def test_demo_shows_everything_and_leaves_nothing_behind(tmp_path):
         '401 {"error": "unauthorized"',
         '413 {"error": "batch_too_large"',
         '429 {"error": "rate_limited"',
-        "curl http://127.0.0.1:",
     ):
         assert words in result.out
 
@@ -4432,12 +4470,12 @@ def test_a_quiet_push_prints_only_what_is_wrong(server):
 # ---------------------------------------------------------------------------------------------
 
 
-def read(folder, data, encoding="", **mapping):
+def read(folder, data, **options):
     """What push reads of a file, "NUMBER: VALUE, VALUE" or "NUMBER: FAULT", and its notes."""
     path = folder / "roster.csv"
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     with logged() as notes:
-        file = sis_sync.read_roster(str(path), mapping, encoding)
+        file = read_roster(path, **options)
     rows = [f"{number}: {fault}" for number, fault in file.faults.items()]
     rows += [f"{number}: {', '.join(map(str, row.values()))}" for number, row in file.rows]
     return sorted(rows), notes
@@ -4618,6 +4656,16 @@ def test_what_is_put_around_ids_goes_if_that_is_certain_and_is_a_fault_else(tmp_
     assert [re.sub("[0-9]: |: .*|, a@b", "", row) for row in rows] == ids.split()
 
 
+def test_an_id_from_a_column_that_is_too_narrow_is_none(tmp_path):
+    rows, _ = read(tmp_path, "student_id_ext,email\n######,a@b\nU#2,a@b")
+    assert rows == ["2: , a@b", "3: U#2, a@b"]
+
+
+def test_the_fault_has_the_name_of_the_field_whatever_the_column_is_called(tmp_path):
+    rows, _ = read(tmp_path, "Student no,email\n7.0,a@b\nU8,a@b", student_id_ext="Student no")
+    assert rows[0] == "2: wrapped_value: student_id_ext has a trailing .0, but not in every line"
+
+
 WAYS = {
     "an invisible character": "\u200b{}\xad",
     "NULL or #N/A": "NULL",
@@ -4658,7 +4706,7 @@ def test_whatever_is_wrapped_is_read_as_it_was_or_is_a_fault(tmp_path, seed):
 JSON = [
     "[{}]",
     "\ufeff \n[{}]",
-    '{{"cohort_id": "x", "students": [{}]}}',
+    '{{"cohort_id": "2026", "students": [{}]}}',
     '{{"students": {{"value": [{}], "Count": 1}}}}',  # PowerShell writes this
 ]
 
@@ -4668,6 +4716,11 @@ def test_json_is_an_array_or_a_request_body(tmp_path, document):
     data = document.format(json.dumps(student()))
     assert read(tmp_path, data)[0] == ["1: U1, u1@example.edu"]
     assert words_of(tmp_path, data, email="x") == "roster.csv: is JSON, and --map is for CSV"
+
+
+def test_json_for_another_cohort_is_refused(tmp_path):
+    words = "roster.csv: its cohort_id is '2025', not that of --cohort"
+    assert words_of(tmp_path, json.dumps(batch(student(), cohort_id="2025"))) == words
 
 
 # OneRoster
@@ -5641,7 +5694,7 @@ def test_exercise_6(tmp_path, service):
     assert [error["field"] for error in answer.document["errors"]] == ["year_level"]
     path = tmp_path / "roster.csv"
     path.write_text("student_id_ext,email,year_level\nU3,u3@example.edu,9\nU4,u4@example.edu,\n")
-    rows = sis_sync.read_roster(str(path), {}, "").rows
+    rows = read_roster(path).rows
     assert [row["year_level"] for _, row in rows] == [9, None]
 
 
@@ -5827,7 +5880,7 @@ class Model:
         """What push reads in what export wrote."""
         path = self.folder / f"{len(self.history)}.csv"
         assert self.command("export", roster, "--output", path) == 0
-        return [row for _, row in sis_sync.read_roster(str(path), {}, "").rows]
+        return [row for _, row in read_roster(path).rows]
 
     def compare(self):
         """Contents, times and counts, as the two public views show them."""
