@@ -11,8 +11,8 @@ every row, and keeps the good ones. The same push can be repeated at any time wi
         -H "Content-Type: application/json"
     {"received": 1, "imported": 1, "details": {"imported": 1, "updated": 0, "unchanged": 0}, ...}
 
-One request may hold 5,000 students and 8 MiB, and one school may send 20 requests a minute. The
-contract, which is what the server promises to its clients, is in README.md ("The endpoint").
+One request may hold 5,000 students and 8 MiB, and one school may send 20 requests a minute. What
+the server promises to its clients, the contract, is in README.md ("The endpoint").
 
 This is the way of one request through the file:
 
@@ -113,8 +113,7 @@ log.setLevel(logging.INFO)
 #      "students": [{"student_id_ext": "U2025001", "email": "alex.connor@student.example.edu.au",
 #                    "first_name": "Alex", "last_name": "Connor", "first_in_family": false}]}
 #
-# To add a field, add a row to FIELDS. The checks, the database, the CSV files and the OpenAPI
-# document are all made from this table.
+# To add a field, add a row to FIELDS. All else is made from this table.
 
 
 class Field(NamedTuple):
@@ -130,8 +129,8 @@ class Field(NamedTuple):
     listed: str = ""  # the setting in which an institution can list the allowed values
 
 
-# The white space that is not ASCII, to be put inside of [...] in a pattern. With the blank, that is
-# all white space that a string can hold, because tabs and line ends are refused as control
+# The white space that is not ASCII, to be put inside of [...] in a pattern. With the ASCII space,
+# that is all white space that a string can hold, because tabs and line ends are refused as control
 # characters. (The pattern \s would take ten times as long.)
 WIDE_SPACE = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 EMAIL = f"[^@ {WIDE_SPACE}]+@[^@ {WIDE_SPACE}]+"
@@ -165,8 +164,7 @@ NAMES = tuple(field.name for field in FIELDS)
 # steps are in `Service.route` and in `sync`, and each step has a chapter below. A step that finds a
 # fault raises a Refusal with a name, such as Refusal("not_found"). The refusal becomes the answer.
 #
-# `config` is what the operator has set in sis_sync.ini: config.max_students, for example, or
-# config.institutions. Its class, Configuration, has a chapter below.
+# `config` is what the operator has set in sis_sync.ini: config.max_students, for example.
 
 SYNC_PATH = "/api/sis/sync"
 BUSY_TIMEOUT = 5.0  # seconds that a thread waits, for another thread or for the database
@@ -194,7 +192,7 @@ class Request:
         return round(1000 * (monotonic() - self.started))
 
     def content_length(self):
-        return int(self.headers.get("content-length", "0"))
+        return int(self.headers.get("content-length", "0"))  # check_framing saw: it is digits
 
     def content_encoding(self):
         return self.headers.get("content-encoding", "").lower() or "identity"
@@ -223,7 +221,7 @@ class Service:
         self.config = config
         self.limiter = RateLimiter()
         self.database = Database(config.database, rehearsal)
-        self.turn = threading.Lock()  # the thread that holds it may use the roster
+        self.turn = threading.Lock()  # who holds it may parse, check and store a batch
 
     def handle(self, request) -> Response:
         """Answer a request, whatever happens."""
@@ -356,7 +354,7 @@ class ErrorCode(NamedTuple):
 
     status: int
     meaning: str
-    only_in: str = ""  # for the OpenAPI document: the function in ROUTES that refuses so; "": any
+    only_in: str = ""  # for OpenAPI: the only function of ROUTES that can refuse so; "": all can
     carries: tuple = ()  # what the answer holds besides "error" and "detail"
     headers: tuple = ()  # pairs: name, value; those of Allow and Retry-After are only examples
     code: str = ""  # what the client sees, if two of our names are one error to it
@@ -440,7 +438,7 @@ def describe(error: BaseException):
     """An unexpected error in one line for the log: its type, its words, and the functions in which
     it happened, the innermost first, each with a line of this file:
 
-        OperationalError: disk I/O error (store_batch:1449 < sync:293 < route:250 < handle:231)
+        OperationalError: disk I/O error (store_batch:1448 < sync:291 < route:248 < handle:229)
 
     A traceback of Python would say more, but its words may hold the data of a student. So we
     show words only if they come from the database, the system or ourselves."""
@@ -537,8 +535,8 @@ def parse_address(text):
 def client_of(peer, forwarded_for, proxies):
     """The address of the client: the peer, or if that is a trusted proxy, whom it names.
 
-    Each proxy adds the address it saw at the right end of X-Forwarded-For. So we go from right to
-    left as long as we trust the one who wrote it. For example, if we trust 10.0.0.0/8:
+    Each proxy appends to X-Forwarded-For, at its right end, the address that it saw. So we go from
+    right to left as long as we trust the one who wrote it. For example, if we trust 10.0.0.0/8:
 
         peer 10.0.0.1, X-Forwarded-For: 6.6.6.6, 192.0.2.7, 10.0.0.2
 
@@ -561,6 +559,7 @@ def is_trusted(address, proxies):
 
 def without_port(hop):
     """The address alone. Some proxies write 192.0.2.1:5123 or [2001:db8::1]:5123."""
+    # Group 1 is an IPv4 address before a port, and group 2 an IPv6 address in brackets.
     match = fullmatch(r"([0-9.]+):[0-9]+|\[(.+)\](:[0-9]+)?", hop)
     if match:
         return match[1] or match[2]
@@ -623,16 +622,15 @@ class RateLimiter:
 PIECE = 64 * 1024  # bytes that we read at once
 MAX_DIGITS = 1000  # of a number
 MAX_BRACKETS = 8  # "]" and "}" for each student; one is needed, and a text may have some: "Al [Bo]"
-SPARE_STUDENTS = 100  # added to max_students when we count brackets and chunks, in case it is small
+SPARE_STUDENTS = 100  # so many more in the limits of brackets and chunks, if max_students is small
 # If a body is not JSON, or a file is not CSV, its first bytes may tell what it is instead. They are
-# compared with these patterns in this order: gzip; two byte order marks, or a NUL as the first or
-# second byte; JSON that ends at the end of a line; a zip archive whose first name, at byte 30, is
-# one of Excel or LibreOffice, or the old format of Excel; any zip archive. With (?s), the dot
-# matches a line end, too.
+# compared with these patterns in this order. With (?s), the dot matches a line end, too.
 LOOKS_LIKE = {
     rb"\x1f\x8b": "gzip: unpack it, or name it in the header Content-Encoding",
+    # Two byte order marks, or a NUL as the first or second byte.
     rb"(?s)\xff\xfe|\xfe\xff|.?\0": "UTF-16 or UTF-32: make it UTF-8",
     rb"\{.*\}\r?\n\{": "a document in each line: make it one, with all in students",
+    # A zip archive whose first name, at byte 30, is one of Excel or LibreOffice; or an old Excel.
     rb"(?s)PK\x03\x04.{26}(\[Content|_rels|docProps|xl/|mimetype)|\xd0\xcf\x11\xe0": (
         'a workbook: save it as "CSV UTF-8"'
     ),
@@ -668,7 +666,7 @@ def check_framing(headers: dict):
 
 
 def check_length(length, config):
-    """Refuse a body that is too long. This many bytes are announced, or have arrived."""
+    """Refuse a body that is too long: `length` bytes are announced, or have arrived so far."""
     if length > config.max_body_bytes:
         # In the contract, "max" is always a number of students.
         raise Refusal("too_many_bytes", max=config.max_students, max_bytes=config.max_body_bytes)
@@ -703,7 +701,7 @@ def unzip(body: bytearray, config) -> bytearray:
         # One byte more than the limit is enough to tell that it is too long.
         data = decoder.decompress(body, config.max_body_bytes + 1)
     except zlib.error:
-        data = b""  # and decoder.eof is false
+        data = b""  # it is broken: decoder.eof stays false, and we refuse it below
     check_length(len(data), config)
     # eof: the gzip came to its end. unused_data: something stands behind it.
     if not decoder.eof or decoder.unused_data:
@@ -715,7 +713,8 @@ def check_brackets(body: bytearray, max_students):
     """Refuse a body that would become far too many objects, before it is parsed.
 
     As text, "[],[],[],..." of 8 MiB takes 8 MiB. Parsed, it takes 360 MB and some seconds, in
-    which nobody else gets an answer. We need not look whether a bracket stands within a string."""
+    which nobody else gets an answer. Brackets within strings are counted, too: MAX_BRACKETS leaves
+    room for them."""
     # A body of only opening brackets fails soon, as it is nested too deep. So we need only count
     # the closing ones.
     brackets = body.count(b"}") + body.count(b"]")
@@ -878,8 +877,8 @@ def check_member(document, field, institution):
         code = bad.fault["error"]
         refusal = Refusal(code, bad.fault["message"], field=field.name)
         if code == "missing_field":
-            # The log must not have this, as a key may be a student's name. It does not: a Refusal
-            # makes its words for the log at the beginning.
+            # A key may be the name of a student, so it must not reach the log. That is why we add
+            # the keys only here: the words for the log were made when the Refusal was created.
             refusal.document["detail"] += (
                 f"; the body has: {', '.join(shortened(document)) or 'nothing'}"
             )
@@ -1011,9 +1010,9 @@ def texts_are_clean(field, values):
         "" not in values
         and max(map(len, values), default=0) <= field.longest
         and not FORBIDDEN.search("".join(values))
-        # If str.strip changed one of them, the set would have another value in its place, or one
-        # value fewer. (It would also strip some control characters that are not in WHITE_SPACE. But
-        # the line above has found none.)
+        # If the sets are equal, strip changed no value: a changed one would be new in the set, or
+        # be equal to another one. (strip would also remove some control characters that are not
+        # in WHITE_SPACE. But the line above has found none.)
         and set(map(str.strip, values)) == values
         and (not field.pattern or all(map(matches, values)))
     )
@@ -1166,10 +1165,9 @@ PRAGMA journal_size_limit = 16777216;  -- bytes; a WAL that a slow reader made l
 
 def open_database(path, for_reading=False) -> sqlite3.Connection:
     """Open a database that exists. Raises sqlite3.Error."""
-    # mode=rw does not create a file for a mistyped path. A reader opens with rw, too, and only
-    # promises not to write (query_only). Even a reader may have to create the WAL, and whoever
-    # closes last removes it. With mode=ro it could not remove it. So the WAL of a reader who is
-    # root would stay, and the server could not open it.
+    # mode=rw does not create a file for a mistyped path. A reader opens with rw, too, and
+    # query_only forbids it to write. With mode=ro, a reader could create the WAL, but not remove
+    # it. If that reader was root, a WAL of root would stay, and the server could not open it.
     uri = f"{Path(path).absolute().as_uri()}?mode=rw"
     connection = sqlite3.connect(
         uri,
@@ -1216,6 +1214,7 @@ SELECT
 FROM pragma_user_version"""
     )
     version, everything, ours = cursor.fetchone()
+    # It is not empty, and it lacks one of our tables.
     if ours < 3 and (version or everything):
         raise sqlite3.DatabaseError("this is a database of another program")
     if ours == 3 and not OLDEST_VERSION <= version <= SCHEMA_VERSION:
@@ -1253,7 +1252,7 @@ def rehearse(path):
 
 def bring_up_to_date(connection, end):
     """Execute what is missing, in one transaction that ends with COMMIT or ROLLBACK."""
-    connection.execute("BEGIN IMMEDIATE")  # see `Database.transaction`
+    connection.execute("BEGIN IMMEDIATE")  # this takes the lock for writing at once
     for statement in missing_statements(connection):
         connection.execute(statement)
     connection.execute(end)
@@ -1319,7 +1318,7 @@ def upsert(number_of_rows):
             seen_in = excluded.seen_in,
             seen_at = excluded.seen_at,
             changed_at = CASE
-                WHEN ("email") IS NOT (excluded."email")  -- any differs; IS NOT knows NULL
+                WHEN ("email") IS NOT (excluded."email")  -- differs; IS NOT knows NULL, too
                 THEN changed(max(created_at, excluded.changed_at))
                 ELSE changed_at END
 
@@ -1352,7 +1351,7 @@ class Database:
     def __init__(self, path, rehearsal=False):
         self.path = os.path.realpath(path)
         self._connection = None  # or a sqlite3.Connection
-        self._files = {}  # the database and its log: what os.stat said when we opened them
+        self._files = {}  # the database and its WAL: what os.stat said when we opened them
         self._changed = 0  # known rows that got other values in this sync
         try:
             prepare = rehearse if rehearsal else prepare_database
@@ -1390,12 +1389,12 @@ class Database:
     def try_to_close(self):
         """Make a checkpoint, and close. But keep the connection if the checkpoint is not possible.
 
-        Without a checkpoint rows would be lost in these cases:
+        To close without a checkpoint would do harm in these cases:
 
         1. Another database was put in place of ours. Whoever opens it next finds our WAL beside it,
            and SQLite brings that into the wrong database. A checkpoint empties the WAL.
         2. Somebody reads, and the WAL was deleted. Then no checkpoint is possible, and only our
-           connection still holds what was in the WAL."""
+           connection still holds what was in the WAL. So we do not close it."""
         if not self._connection:
             return
         with suppress(sqlite3.Error):
@@ -1426,8 +1425,8 @@ class Database:
         try:
             yield connection
             connection.execute("COMMIT")
-            # Now, because the files may have been deleted since BEGIN. Then all of this will be
-            # lost, and the client must not be told that it is on disk.
+            # Checked only after COMMIT, because the files may have been deleted since BEGIN. Then
+            # all of this will be lost, and the client must not be told that it is on disk.
             self.check_files()
         except BaseException:
             # The next transaction opens the database again. If the file was deleted, that fails,
@@ -1568,7 +1567,8 @@ def read_exactly(size, read: Callable):
 
     This is a generator: it runs only while somebody loops over it, from one `yield` to the next.
     So it reads nothing before `read_body` asks for the first piece. The built-in server gives it a
-    function that reads from the network (and never returns too little), and WSGI another one."""
+    function that reads from the network, and that raises a Refusal if the request ends too early.
+    WSGI gives it another one."""
     while size:
         piece = read(min(size, PIECE))
         if not piece:
@@ -1600,14 +1600,15 @@ class Stream(io.RawIOBase):
         seconds_left = self.deadline - monotonic()
         if seconds_left <= 0:
             raise OSError("timed out")
-        # A little longer, so that after the wait `readinto` finds that the deadline has passed.
+        # A little longer, so that after the wait `readinto` finds that the deadline has passed, and
+        # does not believe that the client has gone.
         self.connection.settimeout(seconds_left + 0.1)
         return self.connection
 
     def readinto(self, buffer):
-        """Put what has arrived into the buffer, and return its size. Nobody reads behind the end of
-        a request. So if nothing comes (size 0), the client has gone, or the time is over, or the
-        server stops, and Server.leave has ended the reading."""
+        """Put what has arrived into the buffer, and return its size. We are asked for bytes only
+        while the request is not whole. So if nothing comes (size 0), the client has gone, or the
+        time is over, or the server stops, and Server.leave has ended the reading."""
         size = 0
         with suppress(OSError):
             size = self.in_time().recv_into(buffer)
@@ -1647,8 +1648,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         refused = self.stream.state == "refused"
         try:
             # Over plain HTTP we can refuse a client at once. In all other cases we wait for its
-            # first byte, and leave it in its place (MSG_PEEK). If none comes, the client has gone,
-            # and we say nothing; or its time is over, and read_head will say that.
+            # first byte, and leave it in its place (MSG_PEEK). If none comes, there are two cases.
+            # Before the deadline, the client has gone or the server stops, and we say nothing.
+            # After the deadline we go on, and read_head will say that the time is over.
             if config.tls or not refused:
                 first_byte = b""
                 with suppress(OSError):
@@ -1656,7 +1658,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if first_byte:
                     self.choose_protocol(first_byte, config.tls)
                 elif monotonic() < self.stream.deadline:
-                    return  # it came and went without a word
+                    return
             if refused:
                 raise Refusal("busy", "too many connections: try again", retry_after=1)
             self.read_head(request)
@@ -1966,7 +1968,7 @@ HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 def command_serve(arguments):
     """Run the server until SIGTERM or Ctrl-C."""
     log_to_stderr()
-    on_terminal = os.isatty(0)
+    on_terminal = os.isatty(0)  # 0 is standard input
     signals = incoming_signals()
     server = set_up(arguments)
     service = server.service
@@ -3145,7 +3147,7 @@ def value_of(field, text):
 def only_students(file, users):
     """The users of OneRoster who are students today. If users.csv has no role for a user, roles.csv
     in the same folder has it (OneRoster 1.2)."""
-    reasons = None  # of roles.csv, by sourcedId; "" for a student
+    reasons = None  # or from roles.csv, by sourcedId: why to leave out a user; "" for a student
     for path in Path(file.path).absolute().parent.iterdir():
         if path.name.lower() == "roles.csv":
             reasons = {}
@@ -3270,7 +3272,8 @@ def command_push(arguments):
     status = 0
     try:
         push.run(arguments.batch or 5000)
-    except (CommandError, Refusal, RecursionError) as error:  # the last two from odd JSON files
+    except (CommandError, Refusal, RecursionError) as error:
+        # A Refusal is of a bad --cohort in a dry run, a RecursionError of JSON nested very deep.
         say(f"sis_sync: {error}")
         status = 2
     except KeyboardInterrupt:
@@ -3367,8 +3370,8 @@ SELECT
         -- the last sync before the date
         (SELECT max(sync_id) FROM syncs
          WHERE institution = :institution AND cohort_id = :cohort_id AND time < :since),
-        -- the newest sync of which some have been named again, and some have not (`still` have its
-        -- number), or were forgotten; it named `new + updated`
+        -- The newest sync of which some, but not all, were named again. It named new + updated.
+        -- Of these, still + forgotten were not named again: somebody (1 or more), but not all.
         (SELECT max(sync_id) FROM syncs LEFT JOIN (
              SELECT seen_in AS sync_id, count(*) AS still FROM entries
              WHERE roster_id = :roster_id GROUP BY seen_in) USING (sync_id)
@@ -3378,9 +3381,8 @@ SELECT
     ).fetchone()
 
 
-FORMULA = tuple(
-    "=+-@＝＋－＠"
-)  # a spreadsheet runs a cell that begins with one of these (CWE-1236)
+# A spreadsheet runs a cell that begins with one of these (CWE-1236).
+FORMULA = tuple("=+-@＝＋－＠")
 
 
 def write_csv(file, rows, for_excel):
@@ -3483,8 +3485,8 @@ def command_backup(arguments):
     return 0
 
 
-# Those that the options of `forget` choose. :keys is one text with a line end around each key,
-# which no key can hold. So we can look whether that text contains the key of an entry.
+# The entries that the options of `forget` choose. :keys is one text with a line end around each
+# key, which no key can hold. So we can look whether that text contains the key of an entry.
 CHOSEN = f"""
 FROM entries JOIN rosters USING (roster_id)
 WHERE institution = :institution AND cohort_id = coalesce(:cohort, cohort_id)
@@ -3505,9 +3507,8 @@ def command_forget(arguments):
     for cohort, number in cohorts:
         print(printable(f"cohort {cohort}: {number:,}"))
     if arguments.yes:
-        erase(
-            database, values
-        )  # also if nobody is found: it empties the WAL, if that failed before
+        # Also if nobody is found: it empties the WAL, if that failed before.
+        erase(database, values)
     if not cohorts:
         say("nobody found")
         return 1
