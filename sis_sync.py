@@ -2998,8 +2998,7 @@ def read_table(file, data, encoding):
     if special:
         candidates = special[1] or candidates
         lines[0] = "\n"
-    # The delimiter is the one that stands most often in the first line that is not blank. What is
-    # in quotes does not count.
+    # The delimiter is what stands most often in the first line with text, outside of quotes.
     first_line = next(filter(str.strip, lines), "")
     unquoted = re.sub(r'"[^"]*"', "", first_line)
     delimiter = max(candidates, key=unquoted.count)
