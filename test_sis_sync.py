@@ -1,6 +1,7 @@
-"""The tests of sis_sync, in the order of its contract (sections 1 to 9), and what is run by hand.
+"""The tests of sis_sync, and what is run by hand. Each heading names a section of the contract.
 
-    make test                            # all of them, in under a minute
+    grep "^# Section" test_sis_sync.py   # the headings
+    make test                            # all of them, in about a minute
     python3 -m pytest -q -k forget       # those that have this word in their name
     make bench                           # the speed of this machine
     python3 test_sis_sync.py fuzz 600    # ten minutes of mutated requests
@@ -1093,17 +1094,6 @@ def test_a_sync_leaves_a_line_in_the_history_with_its_first_100_errors(service):
     ((*line, errors),) = rows_of(service, f"SELECT {columns} FROM syncs")
     assert line == ["example", "2026", "192.0.2.7", 151, 1, 0, 0, 150]
     assert [error["row"] for error in json.loads(errors)] == list(range(2, 102))
-
-
-def test_the_history_keeps_the_latest_of_each_institution_whatever_the_clock(service, monkeypatch):
-    assert sis_sync.HISTORY_SYNCS == 10_000
-    monkeypatch.setattr(sis_sync, "HISTORY_SYNCS", 3)
-    kept = "SELECT sync_id FROM syncs ORDER BY sync_id"
-    for now in (2e9, 2e9, 2e9, 86400, 86400, 86400):
-        monkeypatch.setattr(time, "time", lambda now=now: now)
-        handle(service, batch())
-        rows_of(service, "UPDATE syncs SET institution = 'another' WHERE sync_id IN (1, 4)")
-    assert rows_of(service, kept) == [(1,), (3,), (4,), (5,), (6,)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2307,28 +2297,6 @@ def test_a_certificate_of_less_than_14_days_is_a_warning(
     assert [line[:-8] for line in warnings] == [words] * warned
 
 
-def test_a_client_may_not_ask_for_another_handshake(tmp_path, certificate):
-    forbidden = getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    tls = configuration_of(tmp_path, tls_ini(certificate)).tls
-    assert tls.options & forbidden == forbidden
-
-
-@posix
-def test_a_reload_takes_a_new_certificate_but_never_changes_to_http(tmp_path):
-    path = tmp_path / "server.pem"
-    make_certificate(path)
-    with running(tmp_path, tls_ini(path)) as process:
-        address = ("127.0.0.1", process.port)
-        make_certificate(path)
-        certificate = path.read_text()
-        hang_up(process, tls_ini(path))
-        assert ssl.get_server_certificate(address) == certificate
-        path.write_text("none")
-        hang_up(process, tls_ini(path), "not reloaded: .*tls_certificate")
-        hang_up(process, ini_of(), "reloaded; .* http or https need a restart")
-        assert ssl.get_server_certificate(address) == certificate
-
-
 # ---------------------------------------------------------------------------------------------
 # Section 6: the server
 # ---------------------------------------------------------------------------------------------
@@ -2584,7 +2552,7 @@ def test_nothing_that_follows_a_request_is_taken_for_another(server):
 
 @pytest.mark.parametrize("coding", ["identity", "gzip"])
 @pytest.mark.parametrize("size", [1, 1000, 1 << 20])
-def test_a_body_in_chunks_of_any_size_is_read(either, coding, size):
+def test_a_body_in_chunks_of_any_size_with_extensions_and_a_trailer_is_read(either, coding, size):
     body = gzip.compress(BODY) if coding == "gzip" else BODY
     data = chunked(cut(body, size), b';name="value"', b"X-Checksum: 1\r\n")
     answer = either.exchange(head_of(Transfer_Encoding="Chunked", Content_Encoding=coding) + data)
@@ -3172,14 +3140,6 @@ def test_a_reader_of_the_database_does_not_hold_up_the_stop_and_loses_nothing(tm
             process.push(student(2))
             assert process.stop() == 0
         assert process.rows("SELECT count(*) FROM entries") == [(2,)]
-
-
-def test_a_port_that_is_taken_is_one_clear_line(tmp_path, server):
-    ini = tmp_path / "taken.ini"
-    ini.write_text(f"[server]\nport = {server.port}\n")
-    result = run_process("--config", ini)
-    assert result.status == 2
-    assert f"cannot listen on 127.0.0.1 port {server.port}" in result.err.splitlines()[-1]
 
 
 # The log
