@@ -438,7 +438,7 @@ def describe(error: BaseException):
     """An unexpected error in one line for the log: its type, its words, and the functions in which
     it happened, the innermost first, each with a line of this file:
 
-        OperationalError: disk I/O error (store_batch:1448 < sync:291 < route:248 < handle:229)
+        OperationalError: disk I/O error (store_batch:1449 < sync:291 < route:248 < handle:229)
 
     A traceback of Python would say more, but its words may hold the data of a student. So we
     show words only if they come from the database, the system or ourselves."""
@@ -677,6 +677,7 @@ def check_media_type(request):
     content_type = request.headers.get("content-type", "application/json")
     coding = request.content_encoding()
     is_json = re.match(r"(?i)application/json\s*(;|$)", content_type)
+    # In another charset the same bytes are other characters, and names would be wrong.
     other_charset = re.search('(?i)charset=(?!"?utf-?8)', content_type)
     if not is_json or other_charset or coding not in ("identity", "gzip", "x-gzip"):
         request.note = f"(Content-Type {escape(content_type)}, Content-Encoding {escape(coding)})"
@@ -1416,8 +1417,8 @@ class Database:
             # if another process then writes first, SQLite refuses us without any waiting.
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            # Only BEGIN waits for a lock, and nothing has been written before it. (In Python 3.9 an
-            # error has no code. Its words tell that the database is locked.)
+            # Nothing of the batch has been written before BEGIN succeeds. (In Python 3.9 an error
+            # has no code. Its words tell that the database is locked.)
             if "locked" in str(error):
                 raise Refusal("busy", "the database is locked: try again", retry_after=1) from error
             self.try_to_close()
@@ -1509,13 +1510,14 @@ class Database:
 #         |          we read      we work         we write, and the client reads
 #         `--------> "refused" ----------------------^
 #                    there are too many connections, and we only say so
+#
 # Handler sets its state, in the thread of the connection; only "refused" is set by Server. When the
 # server stops, it lets requests finish, and waits for nothing else.
 #
-# Three classes of the standard library do what is always the same. We build on them by methods with
-# names that they call:
+# Three classes of the standard library do the common work. They call methods by fixed names, and we
+# define these methods:
 #
-#     io.BufferedReader                   reads lines and pieces from our Stream: calls readinto
+#     io.BufferedReader                   reads lines and pieces: calls readinto of Stream
 #     http.server.BaseHTTPRequestHandler  one connection: calls setup, handle, finish of Handler
 #     http.server.ThreadingHTTPServer     accepts: calls get_request, process_request,
 #                                         shutdown_request, handle_error of Server
@@ -1546,7 +1548,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
 TARGET = re.compile(r"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?[^#]*)?")
 # "Content-Type: application/json"
 HEADER_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)\r\n")
-# "sync.example.edu", "192.0.2.1:8080", "[2001:db8::1]:8080", "a%20b"
+# "sync.example.edu", "192.0.2.1:8080", "[2001:db8::1]:8080", "a%20b". (&-+ is the range &'()*+.)
 PLAIN_NAME = r"(?:[!$&-+.0-9;=A-Z_a-z~-]|%[0-9A-Fa-f]{2})+"
 HOST = re.compile(rf"(?:{PLAIN_NAME}|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::[0-9]*)?")
 # "1f4", the size of a chunk, or with an extension, which RFC 9112 allows: '1f4;name="a value"'
@@ -1788,7 +1790,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Write the answer, in one piece. Raises OSError if the client is gone or too slow."""
         seconds = self.stream.config.request_timeout
         if self.stream.state == "refused" or self.stream.stopping or response.status == 408:
-            seconds = REFUSED_SECONDS  # it has had its time, or gets none
+            seconds = REFUSED_SECONDS  # its time is over (408), or it should have none
         else:
             self.stream.state = "answer"
         self.stream.deadline = monotonic() + seconds
@@ -1812,6 +1814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with suppress(OSError):
             if isinstance(connection, ssl.SSLSocket):
                 connection.settimeout(0)  # tell the client that TLS ends, and do not wait for it
+                # ValueError: the client had gone before TLS began.
                 with suppress(OSError, ValueError):
                     connection.unwrap()
             connection.shutdown(socket.SHUT_WR)
@@ -1843,8 +1846,9 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((host, config.port), Handler)
         except OSError as error:
-            words = f"cannot listen on {host} port {config.port}: {error.strerror}"
-            raise CommandError(words) from error
+            raise CommandError(
+                f"cannot listen on {host} port {config.port}: {error.strerror}"
+            ) from error
         scheme = "https" if config.tls else "http"
         host = f"[{host}]" if ":" in host else host
         self.url = f"{scheme}://{host}:{self.server_address[1]}"
@@ -1949,7 +1953,8 @@ def raise_file_limit():
     """Ask for as many open files as possible, and return how many there may be. (On macOS a process
     begins with 256, and each connection is one.)"""
     most = OPEN_FILES
-    with suppress(ImportError, ValueError):  # Windows has no such limit; it may be forbidden
+    # ImportError: Windows has no such limit. ValueError: the system may forbid us to raise it.
+    with suppress(ImportError, ValueError):
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1982,7 +1987,8 @@ def command_serve(arguments):
         # SIGHUP means "read the configuration again". But a terminal that is closed sends it, too,
         # to all programs that were started in it.
         terminal_closed = on_terminal and not os.isatty(0)
-        if signals.pop(0) == HANGUP and not terminal_closed:
+        number = signals.pop(0)
+        if number == HANGUP and not terminal_closed:
             reload(service, arguments)
             continue
         log.info("stopping; a second signal stops at once")
@@ -2255,8 +2261,8 @@ def load_configuration(arguments) -> Configuration:
     module. If nobody named a file and there is none, all settings have their defaults."""
     named = arguments.config or os.environ.get("SIS_SYNC_CONFIG")
     file = Path(named or DEFAULT_FILE).absolute()
-    exists = named or file.exists()
-    sections = read_ini(file) if exists else {}
+    is_used = named or file.exists()  # a file that somebody named must be there
+    sections = read_ini(file) if is_used else {}
     faults: list = []  # each of the functions below adds what it finds
     settings: dict = {}
     for section in ("server", "limits"):
@@ -2276,7 +2282,7 @@ def load_configuration(arguments) -> Configuration:
         log.warning("warning: no institution has a secret set: every push will be answered 503")
     if not tls and not settings["host"].is_loopback:
         log.warning(f"warning: [server] host: {settings['host']} is open to others, without TLS")
-    path = str(file) if exists else ""
+    path = str(file) if is_used else ""
     return Configuration(**settings, institutions=institutions, tls=tls, file=path)
 
 
@@ -2319,7 +2325,7 @@ def read_section(section, texts, faults) -> dict:
             values[key] = read(text)
         except BadSetting as error:
             faults.append(f"[{section}] {key}: {error}")
-            values[key] = ""
+            values[key] = ""  # so that we can go on, and find more faults
     return values
 
 
@@ -2383,7 +2389,8 @@ def check_secret(source, text: bytes) -> bytes:
     secret = text.removeprefix(b"\xef\xbb\xbf").strip()  # Notepad writes a byte order mark
     if not secret:
         raise OSError(f"{source}: missing or empty")
-    # `sis_sync.py secret > file` writes two lines there: the secret and its digest.
+    # `sis_sync.py secret > file` writes two lines, the secret and its digest. That is not one word,
+    # so we refuse it.
     is_word = fullmatch(rb"[!-~\x80-\xff]{1,%d}" % MAX_SECRET, secret)
     if not is_word or secret.lower().startswith(b"sha256:"):
         raise CommandError(
@@ -2695,8 +2702,8 @@ class Answer(NamedTuple):
 
 
 class Push:
-    """A roster on its way, page by page. `post` is a function that takes a page and returns the
-    Answer: that of a Client, or for a dry run `check_locally`."""
+    """A roster on its way, page by page. `post` is a function that takes a page and returns an
+    Answer: the method of a Client, or for a dry run `check_locally`."""
 
     def __init__(self, post, cohort_id, rows, output):
         self.post = post
@@ -2816,7 +2823,7 @@ class Client:
             stop_if_final(self.host, error)
             return Answer(0, {"error": f"no answer from {self.host}", "detail": str(error)})
         try:
-            answer = dict(loads(text))
+            answer = dict(loads(text))  # dict raises an error if it is no object
         except (TypeError, ValueError, RecursionError):
             answer = {}
         target = response.headers.get("Location")
@@ -2833,6 +2840,7 @@ def stop_if_final(host, error):
     words = ""
     if isinstance(error, ssl.SSLCertVerificationError):
         words = f"has a certificate that does not hold: {error.verify_message}"
+        # "self-signed", or "self signed" in older versions of OpenSSL.
         if re.search("self.signed|issuer", error.verify_message):
             words += "; --ca-file names one to trust"
     elif isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
@@ -3585,7 +3593,8 @@ def demo_steps(url, secret):
         push.run(5000)
         new, updated, unchanged = push.counts.values()
         table.append((title, 200, f"{new:,} new, {updated:,} updated, {unchanged:,} unchanged"))
-    # Of the last twenty some are refused: the pushes before took tokens from the same bucket.
+    # Of the last twenty some are refused, because the pushes before took tokens from the same
+    # bucket. Only the last answer is shown.
     for title, token, rows, times in (
         ("A bad row, and a good one", secret, [example, {}], 1),
         ("A wrong secret", "wrong", [], 1),
@@ -3690,7 +3699,8 @@ def argument_parser():
         words = function.__doc__ or ""
         command = commands.add_parser(name, help=words, description=words, epilog=parser.epilog)
         command.set_defaults(command=function)
-        # Its pattern matches nothing: any value is refused, with "must be before the command".
+        # The pattern (?!) matches nothing. So any value is refused, with "must be before the
+        # command".
         too_late = Format("before the command", "(?!)")
         command.add_argument("--config", type=too_late, default=absent, help=argparse.SUPPRESS)
         add_options(command, options, absent if name == "serve" else None)
